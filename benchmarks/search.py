@@ -37,6 +37,8 @@ def main() -> None:
     parser.add_argument("--searchers", nargs="*", default=[], help="all by default")
     parser.add_argument("--workers", type=int, nargs="*", default=[1, 4, 16])
     parser.add_argument("--replays", type=int, default=50, help="of each searcher; a fifth of the slow ones")
+    parser.add_argument("--slow-replays", type=int, default=0, help="of those with Gaussian processes")
+    parser.add_argument("--evaluations", type=int, default=8, help="of a run, at most")
     parser.add_argument("--budget", type=float, default=60.0, help="full runs' worth of tokens per replay")
     parser.add_argument("--quick", action="store_true", help="4 replays, one worker, 20 full runs")
     parser.add_argument("--sweeps", action="store_true", help="also tables without curves")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,8 @@ def read_bounded(path: Path) -> str:
             f"{path} is larger than {MAX_BYTES >> 20} MiB, the most that is read of a YAML file.",
             remedy="It is most likely another file.",
         )
-    return content.decode("utf-8-sig")
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # what PowerShell's > writes
+    return content.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
 def construct(loader: yaml.SafeLoader, *, change: Callable[[yaml.Node], object] = lambda _: None) -> Any:

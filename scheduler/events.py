@@ -54,6 +54,20 @@ class TrialMeasured:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TrialForecast:
+    """What a freeze-thaw search expects of a trial that was just evaluated, and what it does with it."""
+
+    trial: int
+    end: float  # of the study's metric, predicted at the end of the run
+    low: float  # 95 % interval of it, low < high
+    high: float
+    gain: float  # expected improvement on the best so far, in log loss
+    cost: float  # of going on, in full runs, as expected
+    goes_on: bool
+    reason: str  # why, for the user
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialEnded:
     """An attempt ended; `record.state` is the trial's new state."""
 
@@ -98,6 +112,7 @@ StudyEvent = (
     | UntunedScored
     | TrialStarted
     | TrialMeasured
+    | TrialForecast
     | TrialEnded
     | NewBest
     | Waiting

@@ -11,6 +11,7 @@ from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile, usab
 from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory
 from autosft.scheduler.decide.pruning import PruningRule
+from autosft.studies.search.freeze_thaw.proposal import EarlierStudy
 from autosft.studies.trial import (
     PinnedSettings,
     PromptScoring,
@@ -117,6 +118,7 @@ class StudyRun:
     allow_degrade: bool = False  # whether settings that do not fit may be changed; changes are recorded
     checkpoint_bytes: int = 0  # predicted size of a checkpoint with its resume state
     disk_budget: int | None = None  # bytes that the study's checkpoints may take
+    earlier: tuple[EarlierStudy, ...] = ()  # studies that a freeze-thaw search learns from
     expected_share: float = 1.0  # of a full run that a trial takes on average, with pruning as planned
     store_url: str | None = (
         None  # of this study, if --output is a URL; output_dir is then local to this machine

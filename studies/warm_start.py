@@ -5,18 +5,27 @@ Memory needs no such choice: the measurements of all studies in the database cor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autosft.studies.results.folds import fold_of
 from autosft.studies.results.summary import ranked_trials
 from autosft.studies.search.dimensions import Fixed, Range, Value
+from autosft.studies.search.freeze_thaw.proposal import EarlierStudy
 from autosft.studies.search.space import SearchSpace
 from autosft.studies.store.records import Records
 from autosft.studies.values import Direction, StudySpec
 
 #: Number of an earlier study's best trials to try first.
 NUM_TRIED = 2
+#: How alike the effects of settings are at most, by rank of `similarity`; the last is for a study that is not
+#: comparable but was asked for.  The search finds out whether they are (`gaussian_process.fit`).
+LIKENESS = (1.0, 0.9, 0.8, 0.7, 0.5)
+FARTHEST = len(LIKENESS) - 1
+#: Earlier studies that a search learns from.
+MAX_EARLIER = 3
 #: Models of one architecture that differ in size by less than this factor learn alike at like settings.
 MAX_SIZE_RATIO = 2.0
 
@@ -55,14 +64,56 @@ def warm_start(records: Records, spec: StudySpec, source: str) -> WarmStart:
     return taken_from(records, name, spec, why=why)
 
 
+def earlier_studies(records: Records, spec: StudySpec, source: str) -> tuple[EarlierStudy, ...]:
+    """Return what a study's search learns from, the most alike first; `source` as for `warm_start`.
+
+    Only trials that had ended when the study was created: they do not change any more, so that a study that
+    is resumed decides as it did.
+    """
+    if source == "none":
+        return ()
+    overviews = records.studies()
+    before = next((each.created_at for each in overviews if each.spec.name == spec.name), math.inf)
+    near = []
+    for study in overviews:
+        found = similarity(study.spec, spec)
+        is_asked = study.spec.name == source
+        if study.spec.name == spec.name or not (is_asked or (source == "auto" and found)):
+            continue
+        closeness = FARTHEST if found is None else found[0]
+        near.append((closeness, -study.created_at, study.spec.name))
+    studies = []
+    for closeness, _, name in sorted(near)[:MAX_EARLIER]:
+        earlier = records.read_study(name)
+        ended = tuple(
+            trial
+            for trial in earlier.trials()
+            if trial.state.is_over and trial.finished_at is not None and trial.finished_at < before
+        )
+        studies.append(
+            EarlierStudy(
+                name=name,
+                likeness=LIKENESS[closeness],
+                num_evaluations=earlier.spec.pinned.num_evaluations,
+                trials=ended,
+            )
+        )
+    return tuple(study for study in studies if study.trials)
+
+
 def similarity(earlier: StudySpec, now: StudySpec) -> tuple[int, str] | None:
-    """Return (rank, description) of an earlier study, 0 being the nearest; None if it is not comparable."""
+    """Return (rank, description) of an earlier study, 0 being the nearest; None if it is not comparable.
+
+    For one fold of a cross-validation, no study on other parts of the same data is.
+    """
     if earlier.metric != now.metric or earlier.space["method"] != now.space["method"]:
         return None
     same_model = earlier.model_fingerprint == now.model_fingerprint
     if not same_model and not _are_similar(_model_of(earlier), _model_of(now)):
         return None
     same_data = earlier.data_fingerprint == now.data_fingerprint
+    if fold_of(now) is not None and earlier.data == now.data and not same_data:
+        return None  # its settings were chosen with the examples that this fold is scored on
     model = "the same model" if same_model else "a model of the same architecture and size"
     data = "the same data" if same_data else "other data"
     return (0 if same_model else 2) + (0 if same_data else 1), f"{model}, {data}"

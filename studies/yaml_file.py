@@ -27,7 +27,12 @@ def read_yaml(path: Path, *, text_keys: Collection[str] = ()) -> Any:
         loader = _Loader(read_bounded(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist.") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte 0x{error.object[error.start]:02x} at offset {error.start}).",
+            remedy=f"Convert it, for example: iconv -f WINDOWS-1252 -t UTF-8 {path} > converted{path.suffix}",
+        ) from error
+    except OSError as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     except yaml.reader.ReaderError as error:
         raise UserError(f"{path}: {error.reason} at character {error.position}.") from error
@@ -47,12 +52,13 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
-                if key.value in seen and key.tag != _MERGE:
+                name = key.value.replace("-", "_")  # as flags are read
+                if name in seen and key.tag != _MERGE:
                     raise yaml.MarkedYAMLError(
                         problem=f"the key {key.value!r} is given twice",
                         problem_mark=key.start_mark,
                     )
-                seen.add(key.value)
+                seen.add(name)
         return super().construct_mapping(node, deep=deep)
 
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.model import quantization
 from autosft.profiles.model.adapted_layers import read_directly
-from autosft.profiles.model.adapter_folder import ADAPTER_CONFIG, base_of, is_adapter_folder
+from autosft.profiles.model.adapter_folder import ADAPTER_CONFIG, WEIGHT_FILES, base_of, is_adapter_folder
 from autosft.profiles.model.adapters import hold_in_fp32
 from autosft.profiles.model.files import weight_files
 from autosft.profiles.model.gguf import is_gguf, plain_folder
@@ -32,6 +32,7 @@ from autosft.profiles.model.weight_keys import (
     require_whole_adapter,
     stored_tensors,
 )
+from autosft.profiles.model.weight_values import require_numbers_in, require_values
 from autosft.profiles.recipe import Method, Precision
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ def load_base(
     scheme = quantization.require_trainable(source, stored, is_read_here=True)
     quantization.require_method(source, scheme, method)
     how = quantization.dequantizing_config(scheme)
+    if stored is None and getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # an empty one
+        arguments["config"] = config
     if method is Method.QLORA and scheme is None:
         how = _nf4(precision, _kept_whole(config, trust_remote_code=trust_remote_code))
     if scheme is not None and scheme.startswith("bitsandbytes") and method is not Method.QLORA:
@@ -83,6 +87,7 @@ def load_base(
     if scheme is None and Path(place).is_dir():
         for path in weight_files(Path(place)):
             require_numbers(model, source, stored_tensors(path))
+    require_values(model, source)
     inside, head = model.get_input_embeddings(), model.get_output_embeddings()
     if inside is not None and head is not None and head.weight is not inside.weight:
         untie(model.config)  # or a program that goes by a saved configuration would lose the head
@@ -98,6 +103,9 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
     """
     from peft import PeftModel
 
+    for name in WEIGHT_FILES:
+        if (path := Path(folder) / name).is_file():
+            stored_tensors(path)  # says what is wrong with a file that is none
     of_base = {id(parameter) for parameter in base.parameters()}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -120,6 +128,8 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
     require_whole_adapter(
         result.missing_keys if is_missing else (), () if is_prompt else result.unexpected_keys, str(folder)
     )
+    added = ((name, one) for name, one in model.named_parameters() if id(one) not in of_base)
+    require_numbers_in(added, f"the adapter in {folder}")
     return model
 
 
@@ -202,4 +212,5 @@ def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype | None) -> N
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

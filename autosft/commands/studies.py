@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ def show_study(
     """Show a study's trials, best first."""
     from autosft.commands.databases import reading
     from autosft.studies.files.study_folder import bring_here
+    from autosft.studies.results.outlook import describe_going_on, effect_rows, outlook_of, rules_of
     from autosft.studies.results.over_untuned import describe_over_untuned, describe_untuned, over_untuned
     from autosft.studies.results.summary import best_trial
     from autosft.studies.wire import to_plain
@@ -79,15 +81,27 @@ def show_study(
         untuned = found.untuned()
     best = best_trial(trials, maximize=spec.direction.value == "maximize")
     compared = over_untuned(Path(spec.output_dir), untuned, best, metric=spec.metric)
+    outlook = outlook_of(rules_of(spec), trials)
     if as_json:
         plain = {"study": to_plain(spec), "trials": to_plain(trials), "advice": to_plain(advice)}
-        write_json({**plain, "untuned": to_plain(untuned), "over_untuned": to_plain(compared)})
+        write_json(
+            {
+                **plain,
+                "untuned": to_plain(untuned),
+                "over_untuned": to_plain(compared),
+                "outlook": to_plain(outlook),
+            }
+        )
         return
     if not quiet:
         text = describe_over_untuned(compared) or describe_untuned(untuned, spec.metric)
         for line in study_lines(spec, trials, text):
             typer.echo(line)
     show_table(trials_table(spec, trials))
+    if not quiet and outlook.effects:
+        show_table(effects_table(effect_rows(outlook.effects)))
+        if text := describe_going_on(outlook.going_on):
+            typer.echo(f"going on is {text}")
     for given in () if quiet else advice:
         typer.echo(f"advice, trial {given.trial} step {given.step}: {given.message}")
 
@@ -170,6 +184,16 @@ def trials_table(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> Table:
             trial.origin,
             format_settings(trial.parameters, {}),
         )
+    return table
+
+
+def effects_table(rows: Sequence[tuple[str, str, str, str]]) -> Table:
+    """Return the table of what was learned of each setting, the largest effect first."""
+    table = new_table()
+    for heading in ("setting", "best", "worst", "the worst is worse by (95 %)"):
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -33,7 +33,9 @@ from autosft.ui.progress import (
     TrialRow,
     about,
     against_untuned,
+    describe_forecast,
     memory_text,
+    predicted_end,
     time_left_s,
     waiting_text,
 )
@@ -195,6 +197,7 @@ def board(
     foot = [
         Text(),
         *best_lines(progress, glyphs),
+        *decision_lines(progress, is_over=is_over),
         *status_lines(progress, now=now, since=since, width=width, glyphs=glyphs, is_over=is_over),
     ]
     num_room = height - len(foot) - 3  # header, the line for the rest, and a spare one
@@ -222,6 +225,7 @@ def table(progress: Progress, rows: list[TrialRow], *, width: int, glyphs: Glyph
     """
     assert progress.opened is not None
     is_wide = width >= WIDE
+    has_ends = is_wide and any(row.forecast is not None for row in progress.rows.values())
     metric = progress.opened.metric
     columns = [
         Column(header="", least=1),
@@ -231,6 +235,7 @@ def table(progress: Progress, rows: list[TrialRow], *, width: int, glyphs: Glyph
         Column(header="step", least=7, is_right=True),
         Column(header="loss", least=6, is_right=True),
         Column(header=metric if is_wide else metric.removeprefix("eval_")[:10], least=6, is_right=True),
+        *([Column(header="end", least=6, is_right=True)] if has_ends else []),
         Column(header="tok/s", least=5, is_right=True),
         Column(header="mem/most", least=8, is_right=True),
         *([Column(header="on", least=4)] if is_wide else []),
@@ -240,7 +245,10 @@ def table(progress: Progress, rows: list[TrialRow], *, width: int, glyphs: Glyph
         columns[6] = Column(header="eval", least=6, is_right=True)
     bar_width = columns[3].least
     defaults = progress.defaults()
-    cells = [row_cells(row, progress, defaults, bar_width, glyphs, is_wide=is_wide) for row in rows]
+    cells = [
+        row_cells(row, progress, defaults, bar_width, glyphs, is_wide=is_wide, has_ends=has_ends)
+        for row in rows
+    ]
     widths = [
         max(column.least, len(column.header), *(len(row[at][0]) for row in cells))
         for at, column in enumerate(columns)
@@ -270,6 +278,7 @@ def row_cells(
     glyphs: Glyphs,
     *,
     is_wide: bool,
+    has_ends: bool,
 ) -> list[tuple[str, str]]:
     """Return (text, style) for every column of a trial."""
     is_best = progress.best is not None and progress.best.trial == row.number
@@ -289,6 +298,7 @@ def row_cells(
         (f"{latest.step}/{latest.num_steps}" if latest else "", quiet),
         (format_metric(latest.loss) if latest else "", quiet),
         (format_metric(row.value), BEST if is_best else quiet),
+        *([(predicted_end(row.forecast, glyphs.plus_minus), quiet)] if has_ends else []),
         (format_count(latest.tokens_per_s) if latest else "", quiet),
         (memory_text(row.peak_bytes, bound_bytes), quiet),
         *([(", ".join(row.device_names), quiet)] if is_wide else []),
@@ -339,6 +349,14 @@ def best_lines(progress: Progress, glyphs: Glyphs = UNICODE) -> list[Text]:
     against = against_untuned(best).replace("±", glyphs.plus_minus)
     compared = [Text.assemble(("            ", "dim"), against)] if against else []
     return [*untuned, line, *compared]
+
+
+def decision_lines(progress: Progress, *, is_over: bool) -> list[Text]:
+    """Say what the search decided last, and why."""
+    if progress.opened is None or progress.forecast is None or is_over:
+        return []
+    text = describe_forecast(progress.forecast, progress.opened.metric)
+    return [Text(f"decision    trial {progress.forecast.trial} {text}", style="dim")]
 
 
 def status_lines(

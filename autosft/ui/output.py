@@ -20,6 +20,7 @@ from autosft.scheduler.events import (
     StudyEvent,
     StudyOpened,
     TrialEnded,
+    TrialForecast,
     TrialMeasured,
     TrialStarted,
     UntunedScored,
@@ -32,6 +33,7 @@ from autosft.ui.progress import (
     about,
     against_untuned,
     describe_end,
+    describe_forecast,
     memory_text,
     time_left_s,
     waiting_text,
@@ -152,6 +154,8 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
                 else "",
             ]
             return [", ".join(part for part in parts if part)]
+        case TrialForecast(trial=trial) if progress.opened:
+            return [f"trial {trial} {describe_forecast(event, progress.opened.metric)}"]
         case TrialEnded(record=record):
             metric = progress.opened.metric if progress.opened else "value"
             text = f"trial {record.number} {describe_end(progress.rows[record.number], metric)}"
@@ -204,6 +208,7 @@ def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
             ("over untuned", describe_gain_over_untuned(conclusion)),
             ("gain", conclusion.gain),
             ("chosen", conclusion.choice),
+            ("going on", conclusion.going_on),
         ]
     facts += [
         ("answers", conclusion.answers or ""),

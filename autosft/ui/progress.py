@@ -17,6 +17,7 @@ from autosft.scheduler.events import (
     StudyEvent,
     StudyOpened,
     TrialEnded,
+    TrialForecast,
     TrialMeasured,
     TrialStarted,
     UntunedScored,
@@ -42,6 +43,7 @@ class TrialRow:
     latest_at: float = 0.0  # UNIX seconds
     value: float | None = None  # the study's metric at the latest evaluation
     peak_bytes: int | None = None
+    forecast: TrialForecast | None = None  # of a freeze-thaw search, at the latest evaluation
     ended_at: float | None = None
     is_earlier: bool = False  # from an earlier run of the study, not resumed
 
@@ -71,6 +73,7 @@ class Progress:
     rows: dict[int, TrialRow] = field(default_factory=dict)
     best: NewBest | None = None
     untuned: float | None = None  # the metric of the model before tuning
+    forecast: TrialForecast | None = None  # the latest
     waiting: str = ""
     note: str = ""
 
@@ -86,12 +89,19 @@ class Progress:
                 self.waiting, self.untuned = "", value
             case TrialStarted():
                 self.waiting = ""
+                before = self.rows.get(event.record.number)
                 self.rows[event.record.number] = TrialRow(
-                    record=event.record, device_names=event.device_names, started_at=now
+                    record=event.record,
+                    device_names=event.device_names,
+                    started_at=now,
+                    forecast=before.forecast if before else None,
                 )
             case TrialMeasured(measurement=measurement):
                 if row := self.rows.get(measurement.trial):
                     self._measured(row, measurement, now=now)
+            case TrialForecast():
+                if row := self.rows.get(event.trial):
+                    row.forecast = self.forecast = event
             case TrialEnded(record=record):
                 row = self.rows.setdefault(
                     record.number, TrialRow(record=record, device_names=(), started_at=now)
@@ -234,6 +244,21 @@ def against_untuned(best: NewBest) -> str:
     if difference.is_tie:
         return f"not better than untuned beyond chance ({difference.amount()})"
     return f"{'better' if difference.is_better else 'worse'} than untuned: {difference.amount()}"
+
+
+def predicted_end(forecast: TrialForecast | None, plus_minus: str = "±") -> str:
+    """Format a trial's predicted end with half of its 95 % interval: 0.312±0.02; empty if there is none."""
+    if forecast is None:
+        return ""
+    half = (forecast.high - forecast.low) / 2
+    return f"{format_metric(forecast.end)}{plus_minus}{half:.2g}"
+
+
+def describe_forecast(forecast: TrialForecast, metric: str) -> str:
+    """Say what is expected of a trial, and why it goes on or is paused."""
+    low, high = format_metric(forecast.low), format_metric(forecast.high)
+    does = "goes on" if forecast.goes_on else "paused"
+    return f"{does}: {metric} {low} to {high} expected at its end; {forecast.reason}"
 
 
 def about(seconds: float | None) -> str:

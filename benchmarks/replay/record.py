@@ -1,6 +1,7 @@
 """Records learning curves with the product's own training step, on a model of 0.1 M parameters.
 
-Resumes where it was interrupted: a run that is in the file is not trained again.
+Resumes where it was interrupted: a run that is in the file is not trained again.  Recorded in blocks, each of
+all tasks and seeds, so that what was interrupted is a smaller table of the same kind.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from autosft.studies.search.space import FixedSettings, complete, default_space,
 from autosft.studies.trial import ExecutionPlan, FailureKind, PinnedSettings, TrialJob
 
 NUM_CONFIGURATIONS = 64
+_BLOCK = 16
 NUM_SEEDS = 2
 NUM_EVALUATIONS = 8
 
@@ -54,36 +56,50 @@ def record(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         model = _make_model(Path(scratch))
         firsts = [_first_job(task, model, Path(scratch) / task.name) for task in TASKS]
-        for seed in range(NUM_SEEDS):
+        for block in range(0, NUM_CONFIGURATIONS, _BLOCK):
             for task, first in zip(TASKS, firsts, strict=True):
-                _record(task, folder / f"curves_{task.name}.jsonl", first, seed=seed)
-    for task in TASKS:
-        path = folder / f"curves_{task.name}.jsonl"
-        with gzip.GzipFile(path.with_suffix(".jsonl.gz"), "wb", mtime=0) as packed:
-            packed.write(path.read_bytes())
+                path = folder / f"curves_{task.name}.jsonl.gz"
+                for seed in range(NUM_SEEDS):
+                    _record(task, path, first, seed=seed, numbers=range(block, block + _BLOCK))
 
 
-def _record(task: Task, path: Path, first: tuple[TrialJob, Any, dict[str, Value]], *, seed: int) -> None:
+def _record(
+    task: Task, path: Path, first: tuple[TrialJob, Any, dict[str, Value]], *, seed: int, numbers: range
+) -> None:
     base, space, default = first
     configurations = [default, *_drawn(space, default, NUM_CONFIGURATIONS - 1)]
-    if not path.exists():
-        header = {
-            "task": task.name,
-            "dimensions": {name: _written(dimension) for name, dimension in space.searched().items()},
-            "default": default,
-            "shares": [step / NUM_EVALUATIONS for step in range(1, NUM_EVALUATIONS + 1)],
-        }
-        path.write_text(json.dumps(header) + "\n")
-    done = {
-        (line["configuration"], line["seed"]) for line in map(json.loads, path.read_text().splitlines()[1:])
+    header = {
+        "task": task.name,
+        "dimensions": {name: _written(dimension) for name, dimension in space.searched().items()},
+        "default": default,
+        "shares": [step / NUM_EVALUATIONS for step in range(1, NUM_EVALUATIONS + 1)],
     }
-    for number, parameters in enumerate(configurations):
+    lines = _read(path) or [header]
+    done = {(line["configuration"], line["seed"]) for line in lines[1:]}
+    for number in numbers:
         if (number, seed) in done:
             continue
+        parameters = configurations[number]
         losses = _run(base, space, parameters, seed=seed)
-        line = {"configuration": number, "parameters": parameters, "seed": seed, "losses": losses}
-        with path.open("a") as lines:
-            lines.write(json.dumps(line) + "\n")
+        lines.append({"configuration": number, "parameters": parameters, "seed": seed, "losses": losses})
+        if number % 8 == 7:
+            _write(path, lines)
+    _write(path, lines)
+
+
+def _read(path: Path) -> list[Any]:
+    if not path.exists():
+        return []
+    with gzip.open(path, "rt") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _write(path: Path, lines: list[Any]) -> None:
+    """Write a file that is complete whenever it is read; the same lines give the same bytes."""
+    part = path.with_suffix(".part")
+    with gzip.GzipFile(part, "wb", mtime=0) as packed:
+        packed.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+    part.replace(path)
 
 
 def _drawn(space: Any, default: dict[str, Value], number: int) -> list[dict[str, Value]]:

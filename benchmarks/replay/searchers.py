@@ -6,18 +6,20 @@ import math
 import random
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from autosft.scheduler.decide.pruning import Decision, PruningRule, decide
 from autosft.studies.search.dimensions import Choices, Range
 from autosft.studies.search.freeze_thaw.choose import Candidates, Choice, choose
-from autosft.studies.search.freeze_thaw.curves import Curve
+from autosft.studies.search.freeze_thaw.curves import Curve, Earlier
 from autosft.studies.search.freeze_thaw.features import Features
+from autosft.studies.search.freeze_thaw.proposal import NUM_STARTUP, NUM_STARTUP_KNOWN
 from autosft.studies.search.sampling import GP_BELOW_NUM_TRIALS, num_startup_trials, seed_for
 from replay.simulate import GoOn, Searcher, Start, Trial
-from replay.tables import NUM_EVALUATIONS, Table, nearest, unit
+from replay.tables import Table, nearest, unit
 
 if TYPE_CHECKING:
     import optuna
@@ -29,8 +31,10 @@ _TODAY_TRIALS = 20
 class FreezeThaw:
     """Ours: `autosft.studies.search.freeze_thaw`, with rows of the table as candidates."""
 
-    def __init__(self, table: Table, seed: int, *, pauses: bool = True) -> None:
-        self.table, self.seed, self.pauses = table, seed, pauses
+    def __init__(
+        self, table: Table, seed: int, *, pauses: bool = True, earlier: tuple[Earlier, ...] = ()
+    ) -> None:
+        self.table, self.seed, self.pauses, self.earlier = table, seed, pauses, earlier
         self.features = Features.over(table.dimensions)
         self.priors = self.features.priors()
         self.of_rows = np.array([self.features.of(row.parameters) for row in table.rows])
@@ -42,11 +46,12 @@ class FreezeThaw:
         rows = [row for row in range(len(self.table.rows)) if row not in taken]
         if len(rows) > 400:
             rows = sorted(random.Random(seed_for(self.seed, len(trials))).sample(rows, 400))
-        if len(trials) < 4 and rows:
+        if len(trials) < (NUM_STARTUP_KNOWN if self.earlier else NUM_STARTUP) and rows:
             return Start(random.Random(seed_for(self.seed, len(trials))).choice(rows))
         choice = self.choice(trials, rows)
-        if choice is None:
-            return None
+        if choice is None:  # nothing was measured yet
+            is_open = rows and not any(trial.evaluations for trial in trials)
+            return Start(random.Random(seed_for(self.seed, len(trials))).choice(rows)) if is_open else None
         if choice.curve is not None:
             return GoOn(choice.curve)
         return None if choice.candidate is None else Start(rows[choice.candidate])
@@ -71,10 +76,39 @@ class FreezeThaw:
                 costs=self.costs[rows],
             ),
             priors=self.priors,
+            earlier=self.earlier,
         )
 
     def keeps(self, trials: list[Trial], trial: Trial) -> bool:
         return not self.pauses
+
+
+def _earlier(given: Given, *, misleads: bool = False) -> tuple[Earlier, ...]:
+    """Return 20 full runs of a related table, of half of which the first evaluations were seen.
+
+    What misleads has the losses of the best run in the place of those of the worst one, and so on.
+    """
+    relative = given.relative
+    assert relative is not None
+    rows = random.Random(given.seed).sample(range(len(relative.rows)), min(20, len(relative.rows)))
+    features = Features.over(relative.dimensions)
+    runs = [relative.rows[row].runs[0] for row in rows]
+    if misleads:
+        by_end = sorted(range(len(runs)), key=lambda at: _or_infinity(runs[at].losses[-1]))
+        place = dict(zip(by_end, reversed(by_end), strict=True))
+        runs = [runs[place[at]] for at in range(len(runs))]
+    curves = []
+    for number, (row, run) in enumerate(zip(rows, runs, strict=True)):
+        seen = len(run.shares) if number % 2 else 2
+        curves.append(
+            Curve(
+                key=number,
+                features=features.of(relative.rows[row].parameters),
+                shares=run.shares[:seen],
+                values=run.losses[:seen],
+            )
+        )
+    return (Earlier(curves=tuple(curves), likeness=0.9),)
 
 
 class Random:
@@ -287,7 +321,7 @@ def _optuna(
         None: lambda: None,
         "median": optuna.pruners.MedianPruner,
         "hyperband": lambda: optuna.pruners.HyperbandPruner(
-            min_resource=1, max_resource=NUM_EVALUATIONS, reduction_factor=3
+            min_resource=1, max_resource=len(table.rows[0].runs[0].shares), reduction_factor=3
         ),
     }
     samplers = {
@@ -300,22 +334,38 @@ def _optuna(
         return Optuna(table, sampler=samplers[sampler](), pruner=pruners[pruner]())
 
 
-#: name -> (searcher from table, seed and workers; whether a replay takes long).
-SEARCHERS: dict[str, tuple[Callable[[Table, int, int], Searcher], bool]] = {
-    "ours": (lambda table, seed, _: FreezeThaw(table, seed), False),
-    "ours, full runs": (lambda table, seed, _: FreezeThaw(table, seed, pauses=False), False),
-    "before": (lambda table, seed, _: Today(table, seed), True),
-    "GP": (lambda table, seed, _: _optuna(table, seed, sampler="gp"), True),
-    "TPE": (lambda table, seed, workers: _optuna(table, seed, sampler="tpe", workers=workers), False),
-    "TPE + median": (
-        lambda table, seed, workers: _optuna(table, seed, sampler="tpe", pruner="median", workers=workers),
-        False,
-    ),
-    "TPE + Hyperband": (
-        lambda table, seed, workers: _optuna(table, seed, sampler="tpe", pruner="hyperband", workers=workers),
-        False,
-    ),
-    "Hyperband": (lambda table, seed, _: _optuna(table, seed, sampler="random", pruner="hyperband"), False),
-    "ASHA, promotion": (lambda table, seed, _: PromotionAsha(table, seed), False),
-    "random": (lambda table, seed, _: Random(table, seed), False),
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a searcher is made for."""
+
+    table: Table
+    seed: int
+    workers: int
+    relative: Table | None  # another table with the same settings
+
+
+def _ours(given: Given, **changes: Any) -> Searcher:
+    return FreezeThaw(given.table, given.seed, **changes)
+
+
+def _of_optuna(sampler: str, pruner: str | None = None) -> Callable[[Given], Searcher]:
+    return lambda given: _optuna(
+        given.table, given.seed, sampler=sampler, pruner=pruner, workers=given.workers
+    )
+
+
+#: name -> (what makes the searcher; whether a replay takes long).
+SEARCHERS: dict[str, tuple[Callable[[Given], Searcher], bool]] = {
+    "ours": (_ours, False),
+    "ours + earlier": (lambda given: _ours(given, earlier=_earlier(given)), False),
+    "ours + misleading earlier": (lambda given: _ours(given, earlier=_earlier(given, misleads=True)), False),
+    "ours, full runs": (lambda given: _ours(given, pauses=False), False),
+    "before": (lambda given: Today(given.table, given.seed), True),
+    "GP": (_of_optuna("gp"), True),
+    "TPE": (_of_optuna("tpe"), False),
+    "TPE + median": (_of_optuna("tpe", "median"), False),
+    "TPE + Hyperband": (_of_optuna("tpe", "hyperband"), False),
+    "Hyperband": (_of_optuna("random", "hyperband"), False),
+    "ASHA, promotion": (lambda given: PromotionAsha(given.table, given.seed), False),
+    "random": (lambda given: Random(given.table, given.seed), False),
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -71,7 +72,8 @@ class Trace:
     """What a replay cost and found: (tokens in full runs, regret, judged regret) after every evaluation.
 
     The regret is that of the best checkpoint so far, relative to the best of the table; judged, on the other
-    examples of a table that has them, relative to what an exhaustive search would choose.
+    examples of a table that has them, relative to what an exhaustive search would choose; otherwise by
+    the mean over seeds.
     """
 
     points: list[tuple[float, float, float]] = field(default_factory=list)
@@ -87,16 +89,20 @@ class Trace:
         return math.inf if last is None else last[2 if judged else 1]
 
 
-def best_of(table: Table) -> tuple[float, float]:
-    """Return the best loss of a table, over all of its seeds, and the judged loss of that checkpoint."""
+def best_of(table: Table, runs: Sequence[Run]) -> tuple[float, float]:
+    """Return the best loss of the runs that a replay may see, one of each row, and what to judge it by.
+
+    On a table with other examples to judge by, that is the judged loss of the same checkpoint: an exhaustive
+    search would choose it.  With several seeds it is the best mean over seeds, which no search can know.
+    """
     found = [
         (loss, judged)
-        for row in table.rows
-        for run in row.runs
+        for run in runs
         for loss, judged in zip(run.losses, run.judged, strict=True)
         if math.isfinite(loss) and math.isfinite(judged)
     ]
-    return min(found)
+    best, chosen = min(found)
+    return best, chosen if table.has_judge else min(judged for _, judged in found)
 
 
 def replay(
@@ -104,10 +110,12 @@ def replay(
 ) -> Trace:
     """Replay a search until its budget, in full runs; after `enough` tokens also once it is at the best.
 
-    Every search starts with the default row, which always runs in full.
+    Every search starts with the default row, which always runs in full.  Of the runs of a row with several
+    seeds, one is drawn for the whole replay; the regret is relative to the best of those that were drawn.
     """
     draw = random.Random(seed)
-    best, best_judged = best_of(table)
+    runs = [draw.choice(row.runs) for row in table.rows]
+    best, best_judged = best_of(table, runs)
     trace, trials = Trace(), []
     events: list[tuple[float, int, int]] = []  # (time, order, trial)
     spent = now = 0.0
@@ -140,9 +148,7 @@ def replay(
                 assert action.row not in taken
                 taken.add(action.row)
                 row = table.rows[action.row]
-                trial = Trial(
-                    len(trials), action.row, draw.choice(row.runs), row.cost, is_protected=not trials
-                )
+                trial = Trial(len(trials), action.row, runs[action.row], row.cost, is_protected=not trials)
                 trials.append(trial)
             else:
                 trial = trials[action.trial]
@@ -158,8 +164,9 @@ def replay(
         spent += (trial.run.shares[trial.evaluations] - done) * trial.cost
         trial.evaluations += 1
         trial.is_running = False
-        trial.is_over = trial.evaluations == len(trial.run.shares)
         loss, judged = trial.losses[-1], trial.run.judged[trial.evaluations - 1]
+        # What has diverged ends there, whoever searches.
+        trial.is_over = trial.evaluations == len(trial.run.shares) or not math.isfinite(loss)
         if math.isfinite(loss) and loss < incumbent[0]:
             incumbent = (loss, judged if math.isfinite(judged) else math.inf)
         trace.points.append((spent, incumbent[0] / best - 1, incumbent[1] / best_judged - 1))

@@ -44,7 +44,7 @@ from autosft.profiles.dataset.remarks import Remarks
 from autosft.profiles.dataset.split import SplitExamples
 from autosft.profiles.dataset.template import ChatTemplate, RenderError, chat_template, notes
 from autosft.profiles.dataset.template_date import record_date
-from autosft.profiles.dataset.tokens import Tokenized, pack, tokenize_chats, tokenize_completions
+from autosft.profiles.dataset.tokens import Tokenized, not_known, pack, tokenize_chats, tokenize_completions
 from autosft.profiles.errors import UserError
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ def build(
     )
     tokens = _tokenize_splits(how, parts, sources, problems)
     notes += _answers_apart(model, parts.train, len(tokens.splits[Split.TRAIN]))
+    notes += not_known(tokenizer, model, [each for split in tokens.splits.values() for each in split])
     tables, counts, rounds = _lay_out(how, parts.train, tokens, train_rounds)
     prepared = PreparedData(
         path=folder, source="", eval_source=None, format=sources[0][1], fingerprint=fingerprint,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.dataset.json_records import parsed
+from autosft.profiles.dataset.json_values import parsed
 from autosft.profiles.dataset.problems import brief, brief_list
 from autosft.profiles.dataset.record import Record
 from autosft.profiles.errors import UserError

@@ -22,7 +22,7 @@ SYSTEM: Final = (
 )  # fmt: skip
 
 #: Columns with a list of functions besides the turns; the second is OpenAI's name of 2023.
-TOOLS: Final = ("tools", "functions")
+TOOLS: Final = ("tools", "functions", "available_tools", "tool_definitions", "available_functions")
 
 #: Columns that mark whether a whole record is to be learned.
 LEARNED: Final = ("weight", "train", "trainable", "learn", "label", "kto_tag")
@@ -36,6 +36,10 @@ SPLITS: Final = (SPLIT, "Split", "data_split", "dataset_split", "partition", "su
 
 #: Columns with the better and the worse answer of preference data.
 PREFERENCE: Final = ("chosen", "rejected")
+
+#: Columns with what is not text, and what stands in a turn's text in its place.
+MEDIA: Final = ("image", "images", "video", "videos", "audio", "audios")
+MEDIA_MARKS: Final = ("<image>", "<video>", "<audio>")
 
 #: All columns that any format reads; others are named in the remarks and not read.
 READ: Final = frozenset(

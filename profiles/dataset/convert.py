@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from autosft.profiles.dataset.columns import (
-    LEARNED,
     LEARNED_TURNS,
+    MEDIA,
+    MEDIA_MARKS,
     PREFERENCE,
     SPLIT,
-    SPLITS,
     SYSTEM,
     TOOLS,
     TURNS,
@@ -24,17 +25,16 @@ from autosft.profiles.dataset.formats import (
     Passage,
     cut_rounds,
 )
-from autosft.profiles.dataset.json_records import parsed
+from autosft.profiles.dataset.json_values import parsed
+from autosft.profiles.dataset.marks import MARKED, is_record_mark, may_mark, why_left_out
 from autosft.profiles.dataset.problems import BadRecord, BadRecordError, brief, brief_list
 from autosft.profiles.dataset.record import Record
-from autosft.profiles.dataset.split_names import split_of
 from autosft.profiles.dataset.text_values import list_in, text_of
 from autosft.profiles.dataset.tool_calls import Tools, read_tools, without_fills
 from autosft.profiles.dataset.turns import (
-    MARKED,
+    Message,
     ReadTurns,
     are_turns,
-    flag,
     is_answer,
     read_turns,
     system_text,
@@ -84,38 +84,20 @@ def unused_columns(record: Record, data_format: DataFormat) -> list[str]:
         for name, value in record.fields.items()
         if name not in used
         and value not in _NOTHING
-        and not _is_mark(name, value, data_format)
+        and not is_record_mark(name, value, is_text=data_format is DataFormat.TEXT)
+        and not (value is False and may_mark(str(name)))
         and not (name in LEARNED_TURNS and used is _OF_TURNS and isinstance(parsed(value), list))
     ]
 
 
 def _why_left_out(fields: Mapping[str, Any], data_format: DataFormat, is_evaluated: bool) -> str | None:
-    """Return why a record is marked as not to be learned, else None.  Raises `BadRecordError` for weights."""
-    for name in LEARNED:
-        value = fields.get(name)
-        if _is_mark(name, value, data_format) and not flag(value, f"its {name}"):
-            return f"their column {name} says that they are not to be learned"
-    for name in () if is_evaluated else SPLITS:
-        split = fields.get(name)
-        if not isinstance(split, str) or not (name == SPLIT or split.isalpha()):
-            continue
-        if split_of(split) in ("validation", "test"):
-            return f"their column {name} says {brief(split, 20)}"
-    if data_format is not DataFormat.TEXT and all(fields.get(name) for name in PREFERENCE):
+    """Return why a record is not learned, else None.  Raises `BadRecordError` for preference data."""
+    is_text = data_format is DataFormat.TEXT
+    if (why := why_left_out(fields, is_text=is_text, is_evaluated=is_evaluated)) is not None:
+        return why
+    if not is_text and all(fields.get(name) for name in PREFERENCE):
         raise BadRecordError("a better and a worse answer", "such pairs are for preference training, not SFT")
     return None
-
-
-def _is_mark(name: object, value: object, data_format: DataFormat) -> bool:
-    """Return whether a column marks if its record is to be learned; other values mean something else."""
-    if name in ("label", "kto_tag"):  # trl's and LLaMA-Factory's names for a good answer
-        return isinstance(value, bool) and data_format is not DataFormat.TEXT
-    if name not in LEARNED or not isinstance(value, int | float | str):
-        return False
-    try:
-        return 0.0 <= float(value) <= 1.0
-    except ValueError:
-        return str(value).strip().lower() in ("true", "false")
 
 
 def _from_turns(record: Record, found: set[str]) -> Conversation:
@@ -158,12 +140,40 @@ def _with_marks(turns: Sequence[Any], fields: Mapping[str, Any]) -> list[Any]:
 def _conversation(record: Record, read: ReadTurns, tools: Tools, found: set[str]) -> Conversation:
     messages = with_system(read.messages, _system(record.fields), found)
     shift = len(messages) - len(read.messages)
+    _refuse_media(record.fields, messages)
     return Conversation(
         where=record.where,
         messages=messages,
-        tools=tools.listed,
+        tools=_not_listed(tools.listed, messages, found),
         learned=tuple(turn + shift for turn in read.learned),
     )
+
+
+def _refuse_media(fields: Mapping[str, Any], messages: Sequence[Message]) -> None:
+    """Raise `BadRecordError` for a record that is about a picture or sound in a column of its own."""
+    column = next((name for name in MEDIA if fields.get(name) not in _NOTHING), None)
+    if column is None:
+        return
+    for number, message in enumerate(messages, start=1):
+        mark = next((mark for mark in MEDIA_MARKS if mark in message["content"]), None)
+        if mark is not None:
+            raise BadRecordError(
+                "content that is not text", f"turn {number} has {mark} for what the column {column} holds"
+            )
+
+
+def _not_listed(
+    tools: tuple[Mapping[str, Any], ...], messages: Sequence[Message], found: set[str]
+) -> tuple[Mapping[str, Any], ...]:
+    """Return the tools that the template has to list: none if the system turn lists them all itself."""
+    system = messages[0]["content"] if messages and messages[0]["role"] == "system" else ""
+    names = [re.escape(str(tool["function"]["name"])) for tool in tools]
+    if not system or not names:
+        return tools
+    if not all(re.search(rf"""["']name["']\s*:\s*["']{name}["']""", system) for name in names):
+        return tools
+    found.add("the system turn lists the tools itself: they are not listed again")
+    return ()
 
 
 def _from_alpaca(record: Record, found: set[str]) -> Conversation:
@@ -174,16 +184,24 @@ def _from_alpaca(record: Record, found: set[str]) -> Conversation:
             raise BadRecordError("history is not a list of [instruction, answer] pairs", brief(repr(round_)))
         turns += ({"role": "user", "content": round_[0]}, {"role": "assistant", "content": round_[1]})
     # Instruction and input are joined as LLaMA-Factory does (its data/README.md: "instruction\ninput").
-    question = [text_of(fields[key]) for key in ("instruction", "input") if fields.get(key)]
+    question = [text_of(fields[key]) for key in ("instruction", "input") if fields.get(key) not in _NOTHING]
     turns.append({"role": "user", "content": "\n".join(question)})
-    turns.append({"role": "assistant", "content": text_of(fields.get("output") or "")})
+    turns.append({"role": "assistant", "content": _text_or_empty(fields.get("output"))})
     tools = _tools(record, found)
     return _conversation(record, read_turns(turns, tools, found), tools, found)
+
+
+def _text_or_empty(value: object) -> str:
+    return "" if value is None else text_of(value)
 
 
 def _from_prompt_completion(record: Record, found: set[str]) -> Example:
     fields = record.fields
     prompt, completion = parsed(fields["prompt"]), parsed(fields["completion"])
+    if are_turns(prompt) and isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    elif are_turns(completion) and isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
     if are_turns(prompt) and are_turns(completion):
         tools = _tools(record, found)
         read = read_turns([*prompt, *completion], tools, found)
@@ -196,7 +214,9 @@ def _from_prompt_completion(record: Record, found: set[str]) -> Example:
             f"a prompt that is text has no place for {beside[0]}", "write prompt and completion as messages"
         )
     text = Completion(
-        where=record.where, prompt=text_of(fields["prompt"]), completion=text_of(fields["completion"])
+        where=record.where,
+        prompt=_text_or_empty(fields["prompt"]),
+        completion=_text_or_empty(fields["completion"]),
     )
     if not text.completion.strip():
         raise BadRecordError("empty answer", "the completion is empty")
@@ -214,8 +234,11 @@ def _from_text(record: Record, _: set[str]) -> Passage:
 
 def _tools(record: Record, found: set[str]) -> Tools:
     columns = [record.fields.get(name) for name in TOOLS]
-    if not columns[0] and columns[1]:
-        found.add("the column functions lists the tools, as OpenAI's older form does")
+    if not columns[0]:
+        for name in TOOLS[1:]:
+            if record.fields.get(name):
+                form = ", as OpenAI's older form does" if name == "functions" else ""
+                found.add(f"the column {name} lists the tools{form}")
     return read_tools(columns, fills_nulls=record.fills_nulls, found=found)
 
 

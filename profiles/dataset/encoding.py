@@ -38,6 +38,13 @@ class Encoded:
             last += 1
         return int(covering[0]), last + 1
 
+    def num_lost(self, text: str) -> int:
+        """Return how many characters of the text, other than space, no token covers."""
+        reached = np.maximum.accumulate(np.concatenate([[0], self.ends]))
+        starts = np.append(self.starts, len(text))
+        gaps = np.flatnonzero(starts > reached)
+        return sum(len("".join(text[reached[at] : starts[at]].split())) for at in gaps)
+
     def part(self, first: int, end: int | None = None) -> Encoded:
         return Encoded(self.ids[first:end], self.starts[first:end], self.ends[first:end])
 

@@ -23,8 +23,11 @@ KINDS = {
     ".jsonlines": ".jsonl",
     ".csv": ".csv",
     ".tsv": ".tsv",
+    ".jl": ".jsonl",
     ".parquet": ".parquet",
+    ".pq": ".parquet",
     ".arrow": ".arrow",
+    ".feather": ".arrow",
     ".txt": ".txt",
 }
 SUPPORTED = (
@@ -68,6 +71,20 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
             f"{path} cannot be decompressed: {why}.",
             remedy="It was probably not copied or downloaded to its end, or its suffix is wrong.",
         ) from error
+
+
+def head_of(path: Path) -> bytes:
+    """Return the first bytes of a file's uncompressed content."""
+    with open_bytes(path) as stream:
+        return bytes(stream.read(_HEAD_BYTES))
+
+
+def decode_head(head: bytes) -> str | None:
+    """Decode the first bytes of a text file, which may end within a character; None if it is no text."""
+    try:
+        return codecs.getincrementaldecoder(encoding_of(head))().decode(head)
+    except UnicodeDecodeError:
+        return None
 
 
 def _by_content(path: Path) -> Callable[[Path], Any] | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from autosft.profiles.bounded_yaml import construct, read_bounded
 from autosft.profiles.dataset.column_map import REGISTRY, ColumnMap, is_registry, registry_entry
+from autosft.profiles.dataset.content_kind import note_on, require_readable
 from autosft.profiles.dataset.files import SUPPORTED, kind_of
 from autosft.profiles.dataset.problems import brief_list
 from autosft.profiles.dataset.split_names import split_of
@@ -36,13 +37,14 @@ def files_of(path: Path, name: str | None = None, *, is_evaluated: bool = False)
     if path.is_file() and path.name == REGISTRY and is_registry(path.parent):
         path = path.parent
     if not path.is_dir():
-        _refuse_unreadable(path)
+        require_readable(path)
         if name is not None:
             raise UserError(
                 f"{path}:{name}: {path} is a file, and a name after a colon chooses within a folder.",
                 remedy=f"Give {path} alone, or a weight as in {path}:2",
             )
-        return DataFiles(train=(path,))
+        note = note_on(path)
+        return DataFiles(train=(path,), said=() if note is None else (note,))
     if is_registry(path):
         entry = registry_entry(path, name)
         inner = files_of(entry.path, is_evaluated=is_evaluated)
@@ -56,14 +58,6 @@ def files_of(path: Path, name: str | None = None, *, is_evaluated: bool = False)
         if name is not None:
             return _named_split(path, splits, name)
     return _by_use(path, splits, is_evaluated=is_evaluated)
-
-
-def _refuse_unreadable(path: Path) -> None:
-    if kind_of(path) is None:
-        raise UserError(
-            f"{path}: '{path.suffix}' is not a kind of file that can be read.",
-            remedy=f"Expected {SUPPORTED}.",
-        )
 
 
 def _by_use(folder: Path, splits: Mapping[str | None, Sequence[Path]], *, is_evaluated: bool) -> DataFiles:
@@ -255,7 +249,7 @@ def _matching(folder: Path, base: Path, pattern: str) -> list[Path]:
     for path in found:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{where} names {pattern}, which lies outside of the folder.")
-        _refuse_unreadable(path)
+        require_readable(path)
     return found
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from autosft.profiles.dataset.columns import PREFERENCE, TURNS
-from autosft.profiles.dataset.json_records import parsed
+from autosft.profiles.dataset.json_values import parsed
 from autosft.profiles.dataset.problems import brief_list
 from autosft.profiles.dataset.record import Record
 from autosft.profiles.dataset.turns import Message

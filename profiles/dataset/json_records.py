@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
 from collections import deque
@@ -13,22 +12,13 @@ from typing import Any
 
 from autosft.profiles.dataset.columns import KEYS
 from autosft.profiles.dataset.files import SUPPORTED, lines_of, read_text
+from autosft.profiles.dataset.json_values import DECODER, python_dict
 from autosft.profiles.dataset.problems import BadRecord, brief
 from autosft.profiles.dataset.record import Record
 from autosft.profiles.dataset.split_names import split_of
 from autosft.profiles.errors import UserError
 
 Found = Iterator[Record | BadRecord]
-
-
-@dataclass(frozen=True, slots=True)
-class LongInteger:
-    """An integer of more digits than Python converts (sys.set_int_max_str_digits)."""
-
-    digits: str
-
-    def __repr__(self) -> str:
-        return f"an integer of {len(self.digits.lstrip('-')):,} digits"
 
 
 def json_records(path: Path) -> Found:
@@ -105,7 +95,7 @@ def _as_one_value(path: Path, first: _Line) -> Found | None:
         return None
     if start.startswith(b"{"):
         try:
-            value = _DECODER.decode(start.decode("utf-8"))
+            value = DECODER.decode(start.decode("utf-8"))
         except (ValueError, RecursionError):
             pass
         else:
@@ -114,7 +104,7 @@ def _as_one_value(path: Path, first: _Line) -> Found | None:
     try:
         text = read_text(path)
         begin = _skip_space(text, 0)
-        value, end = _DECODER.raw_decode(text, begin)
+        value, end = DECODER.raw_decode(text, begin)
     except (ValueError, RecursionError):
         # An array over several lines that is broken somewhere is one fault, not one for each line.
         return json_records(path) if start.rstrip() in (b"[", b"[{") else None
@@ -144,6 +134,7 @@ def _line_records(
         value = None
         if text.lstrip().startswith("{") and error.pos >= len(text):
             value = _over_several_lines(line, lines, ahead)
+        value = value or python_dict(text)
         if value is not None:
             yield Record(where=where, fields=value)
         else:
@@ -159,7 +150,7 @@ def _values_of(text: str) -> list[Any]:
     values = []
     position = _skip_space(text, 0)
     while position < len(text):
-        value, position = _DECODER.raw_decode(text, position)
+        value, position = DECODER.raw_decode(text, position)
         values.append(value)
         position = _skip_space(text, position)
         if isinstance(value, dict) and text[position:] == ",":  # an array's lines without its brackets
@@ -186,7 +177,7 @@ def _over_several_lines(
             break
         if line.content.rstrip().endswith(b"}"):
             try:
-                value = _DECODER.decode(b"".join(part.content for part in taken).decode("utf-8"))
+                value = DECODER.decode(b"".join(part.content for part in taken).decode("utf-8"))
             except (ValueError, RecursionError):
                 continue
             return value if isinstance(value, dict) else None
@@ -196,7 +187,7 @@ def _over_several_lines(
 
 def _is_object(content: bytes) -> bool:
     try:
-        return isinstance(_DECODER.decode(content.decode("utf-8")), dict)
+        return isinstance(DECODER.decode(content.decode("utf-8")), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -329,29 +320,10 @@ def _records(where: str, value: Any, left_out: tuple[str, ...] = ()) -> Found:
         yield BadRecord(where=where, reason="not an object", detail=brief(repr(value), 40))
 
 
-def parsed(value: Any) -> Any:
-    """Return the value, parsed if it is JSON in a string, as in CSV and in the tools column.
-
-    Python's notation of lists and dicts is read too: pandas writes it into CSV files.
-    """
-    if not (isinstance(value, str) and value.lstrip()[:1] in ("[", "{")):
-        return value
-    try:
-        return _DECODER.decode(value)
-    except (json.JSONDecodeError, RecursionError):
-        pass
-    if _PYTHON_LITERAL.match(value):
-        try:
-            return ast.literal_eval(value.strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pass
-    return value
-
-
 def _decode(path: Path, text: str, position: int) -> tuple[Any, int]:
     """Decode the JSON value that starts at `position`; return it and where it ends."""
     try:
-        return _DECODER.raw_decode(text, position)
+        return DECODER.raw_decode(text, position)
     except json.JSONDecodeError as error:
         raise _broken_json(path, error) from error
     except RecursionError as error:
@@ -385,18 +357,6 @@ def _line(text: str, position: int) -> int:
     return text.count("\n", 0, position) + 1
 
 
-def _integer(digits: str) -> int | LongInteger:
-    return int(digits) if len(digits) <= _MAX_DIGITS else LongInteger(digits)
-
-
-def _constant(name: str) -> float | None:
-    """Return None for NaN, which pandas writes for missing values; JSON itself has no such constants."""
-    return None if name == "NaN" else float(name)
-
-
-_MAX_DIGITS = 4000  # Python's own limit is 4,300 by default
-_DECODER = json.JSONDecoder(parse_int=_integer, parse_constant=_constant)
 #: Byte order marks of files that were put together, and what begins a record of RFC 7464.
 _MARKS = "\ufeff\x1e"
 _SPACE = re.compile(r"[ \t\n\r]*")
-_PYTHON_LITERAL = re.compile(r"\s*(\[\s*)?\{\s*['\"]")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from autosft.profiles.dataset.files import SUPPORTED, kind_of, read_text
+from autosft.profiles.dataset.content_kind import recognised_kind
+from autosft.profiles.dataset.files import SUPPORTED, read_text
 from autosft.profiles.dataset.json_records import json_records, jsonl_records
 from autosft.profiles.dataset.problems import BadRecord
 from autosft.profiles.dataset.record import Record
@@ -20,11 +21,11 @@ def records_of(path: Path, columns: frozenset[str] = frozenset()) -> Found:
 
     Raises `UserError` where the file cannot be read further.
     """
-    kind = kind_of(path)
-    assert kind is not None, "a file of no kind is refused when it is chosen"
     try:
         if path.stat().st_size == 0:
             raise UserError(f"{path} is empty.", remedy=f"Expected {SUPPORTED}.")
+        kind = recognised_kind(path)
+        assert kind is not None, "a file of no kind is refused when it is chosen"
         if kind in _COLUMNAR:
             yield from _COLUMNAR[kind](path, columns)
         else:

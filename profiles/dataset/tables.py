@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from autosft.profiles.dataset.columns import NOT_READ, READ
+from autosft.profiles.dataset.columns import KEYS, NOT_READ, READ
 from autosft.profiles.dataset.files import is_compressed, open_bytes, read_text
+from autosft.profiles.dataset.marks import may_mark
 from autosft.profiles.dataset.problems import BadRecord, brief
 from autosft.profiles.dataset.record import Record
 from autosft.profiles.errors import UserError
@@ -79,7 +80,7 @@ def _separated(path: Path, text: str, delimiter: str, quoting: Literal[0, 3] = c
             if not row:
                 continue
             if not header:
-                header = [name.strip() for name in row]
+                header = _known_case([name.strip() for name in row])
                 named = [name for name in header if name]
                 if len(set(named)) < len(named) or not named:
                     raise UserError(
@@ -94,12 +95,24 @@ def _separated(path: Path, text: str, delimiter: str, quoting: Literal[0, 3] = c
                 )
             else:
                 columns = list(zip(header, row, strict=True))
-                fields = {name: value for name, value in columns if name}
+                fields = {name: _given(name, value) for name, value in columns if name}
                 if len(fields) < len(columns):
                     fields["(without a name)"] = "".join(value for name, value in columns if not name)
                 yield Record(where=where, fields=fields)
     except csv.Error as error:
         raise UserError(f"{path} line {rows.line_num}: broken CSV: {error}.") from error
+
+
+def _given(name: str, value: str) -> str:
+    """Return a field, empty where a column that may be missing has the word that pandas writes for that."""
+    return "" if name in _MAY_BE_MISSING and value.strip().lower() in _MISSING else value
+
+
+def _known_case(header: list[str]) -> list[str]:
+    """Return a header's names in small letters if only that way a format is recognised ("Prompt")."""
+    small = [name.lower() for name in header]
+    is_known = any(columns <= set(header) for columns in KEYS)
+    return small if not is_known and any(columns <= set(small) for columns in KEYS) else header
 
 
 def parquet_records(path: Path, columns: frozenset[str] = frozenset()) -> Found:
@@ -110,7 +123,7 @@ def parquet_records(path: Path, columns: frozenset[str] = frozenset()) -> Found:
     try:
         file = pq.ParquetFile(_whole(path) if is_compressed(path) else path)
         names = file.schema_arrow.names
-        used = [name for name in names if name in READ | columns]
+        used = [name for name in names if name in READ | columns or may_mark(name)]
         # The first column alone gives the number of rows.
         batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=used or names[:1])
         yield from _rows(path, batches, names, used)
@@ -131,7 +144,7 @@ def arrow_records(path: Path, columns: frozenset[str] = frozenset()) -> Found:
             reader = pa.ipc.open_file(source)
             batches = (reader.get_batch(number) for number in range(reader.num_record_batches))
         names = reader.schema.names
-        used = [name for name in names if name in READ | columns]
+        used = [name for name in names if name in READ | columns or may_mark(name)]
         small = (
             batch.slice(start, _BATCH_ROWS)
             for batch in batches
@@ -154,9 +167,18 @@ def _rows(path: Path, batches: Iterable[Any], names: list[str], used: list[str])
                     where=where, reason="a value that cannot be read", detail=brief(str(row), 100)
                 )
             else:
-                # pandas keeps a text column in which every value is missing as numbers, all NaN.
-                given = {name: None if value != value else value for name, value in row.items()}  # noqa: PLR0124
+                # pandas keeps a column in which values are missing as numbers, with NaN for these.
+                given = {name: _without_nan(value) for name, value in row.items()}
                 yield Record(where=where, fields={**unread, **given}, fills_nulls=True)
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a value with None for NaN, at any depth."""
+    if isinstance(value, float):
+        return None if value != value else value  # noqa: PLR0124
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return [_without_nan(item) for item in value] if isinstance(value, list) else value
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | Exception]:
@@ -181,4 +203,6 @@ def _whole(path: Path) -> Any:
         return pa.BufferReader(stream.read())
 
 
+_MAY_BE_MISSING = READ - frozenset().union(*KEYS)
+_MISSING = frozenset({"nan", "none", "null", "<na>"})
 _BATCH_ROWS = 256  # texts may have megabytes each

@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from autosft.profiles.dataset.formats import Conversation
+from autosft.profiles.dataset.template_bounds import bounded_template
 from autosft.profiles.dataset.template_date import with_date
 from autosft.profiles.dataset.template_parts import with_parts
 from autosft.profiles.dataset.turns import Message
@@ -51,17 +52,21 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         listed = list(tools) or None
-        written = self.own or self.tokenizer.get_chat_template(tools=listed)
+        try:
+            written = self.own or self.tokenizer.get_chat_template(tools=listed)
+        except ValueError as error:  # several by name, and none of them "default"
+            raise RenderError("the chat template cannot be chosen", str(error).split("! ")[-1]) from error
         jinja = with_date(with_parts(written, self.tokenizer.special_tokens_map), self.date)
         try:
-            texts, marks = render_jinja_template(
-                conversations=[list(messages)],
-                tools=listed,
-                chat_template=jinja,
-                add_generation_prompt=generation_prompt,
-                return_assistant_tokens_mask=_MARK.search(jinja) is not None,
-                **self.tokenizer.special_tokens_map,
-            )
+            with bounded_template():
+                texts, marks = render_jinja_template(
+                    conversations=[list(messages)],
+                    tools=listed,
+                    chat_template=jinja,
+                    add_generation_prompt=generation_prompt,
+                    return_assistant_tokens_mask=_MARK.search(jinja) is not None,
+                    **self.tokenizer.special_tokens_map,
+                )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise RenderError("the chat template cannot render it", str(error)) from error
         return texts[0], [(start, end) for start, end in marks[0] if start < end] if marks else []

@@ -9,6 +9,9 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from autosft.profiles.bounded_work import TooMuchWorkError
+from autosft.profiles.dataset.template_bounds import bounded_template
+
 _USER, _ANSWER = "autosftprobe0", "autosftprobe2"
 
 #: Converts the text of all turns to parts, before the template begins.
@@ -25,7 +28,10 @@ _PREFIX = (
 
 
 def with_parts(jinja: str, special_tokens: dict[str, Any]) -> str:
-    """Return a template that accepts content as text; the same one if it does already."""
+    """Return a template that accepts content as text; the same one if it does already.
+
+    Raises TooMuchWorkError for one that takes too much.
+    """
     return jinja if _takes_text(jinja, tuple(sorted(_texts(special_tokens).items()))) else _PREFIX + jinja
 
 
@@ -42,7 +48,10 @@ def _shows(jinja: str, special_tokens: dict[str, str]) -> bool:
 
     turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
     try:
-        texts, _ = render_jinja_template(conversations=[turns], chat_template=jinja, **special_tokens)
+        with bounded_template():
+            texts, _ = render_jinja_template(conversations=[turns], chat_template=jinja, **special_tokens)
+    except TooMuchWorkError:
+        raise
     except (TemplateError, TypeError, ValueError, KeyError):
         return False
     text = str(texts[0])

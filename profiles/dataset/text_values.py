@@ -6,14 +6,19 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from autosft.profiles.dataset.json_records import parsed
+from autosft.profiles.dataset.json_values import parsed
 from autosft.profiles.dataset.problems import BadRecordError, brief
 
 RESULT_AS_JSON = "results of tools are objects: they are written as JSON"
 
 
 def text_of(value: object) -> str:
-    """Return a text value.  Raises `BadRecordError` for other values and for invalid Unicode."""
+    """Return a text value; a whole number is its digits.
+
+    Raises `BadRecordError` for other values and for invalid Unicode.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
     if isinstance(value, bytes):  # Parquet written without marking text as such
         try:
             return value.decode("utf-8")

@@ -108,16 +108,36 @@ def fit_pad(
 def _loaded(source: str, name: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
+    if (pointer := _lfs_pointer(name)) is not None:
+        raise UserError(
+            f"no tokenizer can be loaded from {source}: {pointer} is a pointer of git lfs, not the file.",
+            remedy="Fetch it: git lfs pull",
+        )
     try:
         return AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # transformers, tokenizers and the hub's client raise their own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = (
+            " ".join(lines[:3]) if lines and lines[0].endswith(":") else (lines or [type(error).__name__])[0]
+        )
         needs_code = "trust_remote_code" in str(error)
         raise UserError(
             f"no tokenizer can be loaded from {source}: "
             + ("it contains code that has to be run." if needs_code else reason),
             remedy="Review that code, then pass --trust-remote-code." if needs_code else None,
         ) from error
+
+
+def _lfs_pointer(name: str) -> str | None:
+    """Return the file of a tokenizer in a folder that git lfs has not fetched; None without one."""
+    for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"):
+        try:
+            with (Path(name) / file).open("rb") as stream:
+                if stream.read(40).startswith(b"version https://git-lfs"):
+                    return file
+        except OSError:
+            continue
+    return None
 
 
 def _as_the_file_says(tokenizer: Any, source: str, name: str, options: dict[str, Any], say: Say) -> Any:

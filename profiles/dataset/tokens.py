@@ -25,6 +25,7 @@ class Tokenized:
     input_ids: Ids
     labels: Ids  # of the same length; IGNORED where not scored
     num_turns: int
+    num_lost: int = 0  # characters of the text, other than space, that no token stands for
 
 
 def tokenize_chats(
@@ -49,7 +50,14 @@ def tokenize_chats(
         labels = np.full_like(encoded.ids, IGNORED)
         for first, end in ranges:
             labels[first:end] = encoded.ids[first:end]
-        made.append(Tokenized(input_ids=encoded.ids, labels=labels, num_turns=rendered.num_turns))
+        made.append(
+            Tokenized(
+                input_ids=encoded.ids,
+                labels=labels,
+                num_turns=rendered.num_turns,
+                num_lost=encoded.num_lost(rendered.text),
+            )
+        )
     return made
 
 
@@ -73,7 +81,8 @@ def tokenize_completions(tokenizer: Any, batch: Sequence[Completion]) -> list[To
         ids = np.array([*before, *prompt, *completion, *after], dtype=np.int32)
         labels = ids.copy()
         labels[: len(before) + len(prompt)] = IGNORED
-        made.append(Tokenized(input_ids=ids, labels=labels, num_turns=2))
+        num_lost = encoded.num_lost(pair.prompt + pair.completion)
+        made.append(Tokenized(input_ids=ids, labels=labels, num_turns=2, num_lost=num_lost))
     return made
 
 
@@ -94,6 +103,26 @@ def pack(tokenizer: Any, passages: Iterable[Passage], block_size: int) -> Iterat
         rest = rest[whole:]
     if len(rest) > 1:  # a single token predicts nothing
         yield Tokenized(input_ids=rest, labels=rest, num_turns=1)
+
+
+def not_known(tokenizer: Any, model: str, examples: Sequence[Tokenized]) -> list[str]:
+    """Return notes on text that the tokenizer has no tokens for, and a model so cannot learn."""
+    said = []
+    unknown = tokenizer.unk_token
+    if unknown is not None and unknown not in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token):
+        num_unknown = sum(int(np.sum(each.input_ids == tokenizer.unk_token_id)) for each in examples)
+        num_tokens = sum(len(each.input_ids) for each in examples)
+        if num_unknown:
+            said.append(
+                f"{num_unknown:,} of {num_tokens:,} tokens are {unknown}: the tokenizer of {model} has none "
+                "for these words or characters"
+            )
+    if num_lost := sum(each.num_lost for each in examples):
+        said.append(
+            f"{num_lost:,} characters are lost: the tokenizer of {model} has no tokens for them, and none "
+            "for what is unknown"
+        )
+    return said
 
 
 def _text_tokens(tokenizer: Any, passages: Sequence[Passage]) -> Iterator[Ids]:

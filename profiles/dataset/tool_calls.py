@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autosft.profiles.dataset.json_records import parsed
+from autosft.profiles.dataset.json_values import parsed
 from autosft.profiles.dataset.problems import BadRecordError, brief, brief_list
 from autosft.profiles.dataset.text_values import as_json
 

@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autosft.profiles.dataset.json_records import parsed
+from autosft.profiles.dataset.json_values import parsed
+from autosft.profiles.dataset.marks import FLAGS, FLAGS_AGAINST, UNCLEAR, is_turn_learned, marks_of
 from autosft.profiles.dataset.problems import BadRecordError, brief, brief_list
 from autosft.profiles.dataset.text_values import list_in, text_of, text_of_parts
 from autosft.profiles.dataset.tool_calls import Tools, read_calls, with_call_ids, without_fills
 
 Message = Mapping[str, Any]  # in OpenAI's terms: role, content, tool_calls, ...
 
-MARKED = "answers are marked as not to be learned"
-NOT_LEARNED = MARKED + " (by {}): they are read only"
-ONLY_ANSWERS = "turns that are no answers are marked to be learned: they are read only"
 KEYS_NOT_USED = "turns have the key {}, which is not used"
 
 
@@ -37,7 +35,7 @@ def read_turns(turns: Sequence[Any], tools: Tools, found: set[str], first: int =
     messages: list[Message] = []
     learned: list[bool] = []
     own_tools: object = None
-    for number, given in enumerate(turns, start=first):
+    for number, given in enumerate(_one_by_one(turns), start=first):
         turn = parsed(given)
         if not isinstance(turn, Mapping):
             raise BadRecordError("a turn is not an object", f"turn {number}: {brief(repr(turn))}")
@@ -60,6 +58,30 @@ def read_turns(turns: Sequence[Any], tools: Tools, found: set[str], first: int =
         ),
         tools=own_tools,
     )
+
+
+def _one_by_one(turns: Sequence[Any]) -> list[Any]:
+    """Divide turns that hold a round each, by speaker: {"human": ..., "assistant": ...}.
+
+    Firefly and BELLE write them so, XTuner as system, input and output.
+    """
+    return [said for given in turns for said in _speakers(parsed(given)) or (given,)]
+
+
+def _speakers(turn: Any) -> list[Mapping[str, Any]]:
+    """Return a turn for each key of one that has the speakers as its keys; none for other turns."""
+    if not isinstance(turn, Mapping):
+        return []
+    roles = {key: _ROUND.get(_word(key)) or ROLES.get(_word(key)) for key in turn}
+    said = {key: text for key, text in turn.items() if text is not None}
+    is_round = roles and set(roles.values()) <= {"system", "user", "assistant"}
+    if not is_round or not all(isinstance(text, str) for text in said.values()):
+        return []
+    return [
+        {"role": roles[key], "content": text}
+        for key, text in said.items()
+        if text or roles[key] != "system"
+    ]  # fmt: skip
 
 
 def are_turns(value: object) -> bool:
@@ -86,6 +108,8 @@ def _speaker(turn: Mapping[str, Any], number: int) -> str:
     roles = {ROLES.get(_word(name)) for name in named}
     if len(roles) == 1 and None not in roles:
         return _word(named[0])
+    if not named:
+        raise BadRecordError("a turn has no role", f"turn {number}: its keys are {brief_list(turn)}")
     unknown = next((name for name in named if _word(name) not in ROLES), None)
     if named and unknown is None:
         raise BadRecordError("role and from differ", f"turn {number}: {brief_list(named)}")
@@ -113,10 +137,15 @@ def _message(
         message["tool_calls"] = read
     elif turn.keys().isdisjoint((*_CONTENT_KEYS, *_CALL_KEYS)):
         raise BadRecordError("a turn has no content", f"turn {number}: its keys are {brief_list(turn)}")
-    for key in turn.keys() - _USED - _marks(turn, number).keys():
+    for key in turn.keys() - _USED - _marked(turn, number):
         if turn[key] not in (None, "", [], {}):
             found.add(KEYS_NOT_USED.format(brief(repr(key), 40)))
-    return message, _is_learned(turn, content, role, number, found)
+    return message, is_turn_learned(turn, content, role, number, found)
+
+
+def _marked(turn: Mapping[str, Any], number: int) -> set[str]:
+    """Return the keys of a turn that say, themselves or within, whether it is learned."""
+    return {str(key).partition(".")[0] for key in marks_of(turn, number)}
 
 
 def _content(turn: Mapping[str, Any], number: int) -> object:
@@ -128,57 +157,6 @@ def _content(turn: Mapping[str, Any], number: int) -> object:
 
 def _is_call_alone(message: Message) -> bool:
     return bool(message.get("tool_calls")) and not message["content"]
-
-
-def _is_learned(turn: Mapping[str, Any], content: object, role: str, number: int, found: set[str]) -> bool:
-    """Return whether a turn is learned, by its own marks or those of its parts."""
-    marks = _marks(turn, number)
-    if isinstance(content, list):
-        parts = [_part_mark(part, number) for part in content if isinstance(part, Mapping)]
-        if len(set(parts)) > 1:
-            raise BadRecordError("a turn is to be learned in parts", f"turn {number}")
-        if parts and parts[0] is not None:
-            marks["its parts"] = parts[0]
-    if role != "assistant":
-        if any(marks.values()):
-            found.add(ONLY_ANSWERS)
-        return False
-    for key in _UNCLEAR:
-        if turn.get(key) not in (None, [], {}, ""):
-            raise BadRecordError(
-                "a turn is marked in a way that cannot be followed",
-                f"turn {number}: {key} {brief(turn[key], 40)}; weight 0 or train false would say it",
-            )
-    against = [key for key, mark in marks.items() if not mark]
-    if against:
-        found.add(NOT_LEARNED.format(brief_list(against)))
-    return not against
-
-
-def _part_mark(part: Mapping[str, Any], number: int) -> bool | None:
-    marks = _marks(part, number)
-    return all(marks.values()) if marks else None
-
-
-def _marks(turn: Mapping[str, Any], number: int) -> dict[str, bool]:
-    """Return the keys that say whether a turn or a part of one is learned, and what they say."""
-    marks = {}
-    for key, value in turn.items():
-        name = str(key).lower().replace("-", "_")
-        if value is not None and name in FLAGS:
-            marks[key] = flag(value, f"turn {number}: {key}")
-        elif value is not None and name in _FLAGS_AGAINST:
-            marks[key] = not flag(value, f"turn {number}: {key}")
-    return marks
-
-
-def flag(value: object, what: str) -> bool:
-    """Return 0, 1, true, false, or their text, as bool.  Raises `BadRecordError` for other values."""
-    if isinstance(value, str):
-        value = _WORDS.get(value.strip().lower(), value)
-    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
-        return bool(value)
-    raise BadRecordError("a weight that is neither 0 nor 1", f"{what} is {brief(repr(value), 40)}")
 
 
 def turns_in(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, list[Any]]:
@@ -233,6 +211,9 @@ ROLES = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "ai": "assistant",
+    "prompter": "user",  # Open Assistant's
+    "chatbot": "assistant",  # Cohere's
+    "environment": "tool",  # OLMo's
     "function_call": "assistant",
     "function-call": "assistant",
     "tool_call": "assistant",
@@ -250,40 +231,15 @@ ROLES = {
     "function_output": "tool",
     "ipython": "tool",  # Llama 3.1's
 }
+_ROUND = {"input": "user", "output": "assistant"}
 _CALL_SPEAKERS = frozenset({"function_call", "function-call", "tool_call", "tool-call"})
 #: Keys of a turn that hold its calls, one or several.
 _CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls")
 _CONTENT_KEYS = ("content", "value")
 _KEPT = ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning")
 
-#: Keys of a turn that mark whether it is learned: mistral-finetune's, Axolotl's, ms-swift's and others'.
-FLAGS = frozenset(
-    f"{before}{word}"
-    for before in (
-        "", "is_", "do_", "should_", "to_", "use_", "use_in_", "in_", "with_", "include_", "compute_",
-        "calculate_", "apply_",
-    )
-    for word in (
-        "weight", "weights", "train", "training", "trained", "trainable", "train_on", "train_on_turn",
-        "train_on_this", "learn", "learned", "learnable", "loss", "loss_weight", "loss_weights", "loss_mask",
-        "loss_scale", "supervise", "supervised",
-    )
-)  # fmt: skip
-#: Keys that say the opposite.
-_FLAGS_AGAINST = frozenset(
-    f"{before}{word}"
-    for before in ("", "is_", "do_", "should_")
-    for word in (
-        "ignore", "ignored", "ignore_loss", "skip", "skipped", "skip_loss", "exclude", "excluded", "frozen",
-        "no_train", "no_training", "no_loss", "no_learn", "not_train", "not_trained", "not_learned",
-        "context_only", "prompt_only",
-    )
-)  # fmt: skip
-#: Marks of parts of a turn, and one that some read as "learned" and others as the opposite.
-_UNCLEAR = ("train_detail", "mask", "masked")
-_WORDS = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
 _USED = frozenset(
     {"role", "from", *_CONTENT_KEYS, *_CALL_KEYS, "tools", "functions"}
-    | {*_KEPT, *FLAGS, *_FLAGS_AGAINST, *_UNCLEAR}
+    | {*_KEPT, *FLAGS, *FLAGS_AGAINST, *UNCLEAR}
     | {"id", "index"}  # of the turn: bookkeeping
 )

@@ -27,15 +27,7 @@ def profile_host(*, root: Path = Path("/")) -> DeviceProfile:
     every control group above it (versions 1 and 2; `root` replaces the file system's root in tests).  Swap
     does not count: a trial that swaps is slower than one that waits.
     """
-    memory = psutil.virtual_memory()
-    limits = _group_folders(root, controller="memory")
-    total_bytes = min([memory.total, *(limit for folder in limits if (limit := _memory_limit(folder)))])
-    free_bytes = min(
-        [
-            memory.available,
-            *(limit - _memory_used(folder) for folder in limits if (limit := _memory_limit(folder))),
-        ]
-    )
+    total_bytes, free_bytes = memory_of_host(root=root)
     quotas = [quota for folder in _group_folders(root, controller="cpu") if (quota := _cpu_quota(folder))]
     num_cores = max(1, math.floor(min([_num_usable_cpus(), *quotas])))
     return DeviceProfile(
@@ -45,7 +37,7 @@ def profile_host(*, root: Path = Path("/")) -> DeviceProfile:
         node=host_name(),
         index=0,
         total_bytes=total_bytes,
-        free_bytes=max(0, min(free_bytes, total_bytes)),
+        free_bytes=free_bytes,
         compute_capability=None,
         supports_bf16=_has_bf16(root),
         num_cores=num_cores,
@@ -60,6 +52,20 @@ def profile_host(*, root: Path = Path("/")) -> DeviceProfile:
         throttle_reasons=(),
         processes=(),
     )
+
+
+def memory_of_host(*, root: Path = Path("/")) -> tuple[int, int]:
+    """Return the RAM that this process may use, in bytes, and what of it is free."""
+    memory = psutil.virtual_memory()
+    limits = _group_folders(root, controller="memory")
+    total_bytes = min([memory.total, *(limit for folder in limits if (limit := _memory_limit(folder)))])
+    free_bytes = min(
+        [
+            memory.available,
+            *(limit - _memory_used(folder) for folder in limits if (limit := _memory_limit(folder))),
+        ]
+    )
+    return total_bytes, max(0, min(free_bytes, total_bytes))
 
 
 def unified_reserve_bytes(total_bytes: int) -> int:

@@ -76,3 +76,9 @@ def _is_state_space(module: nn.Module) -> bool:
     """Return whether a module is one of Mamba's: with a decay, a skip connection and a convolution."""
     has = [getattr(module, name, None) is not None for name in ("A_log", "D", "conv1d", "out_proj")]
     return all(has)
+
+
+def share_weights(model: PreTrainedModel) -> bool:
+    """Return whether several linear layers have one weight (Zamba 2's blocks), as head and embeddings may."""
+    linear = [module for module in model.modules() if _is_linear(module) and hasattr(module, "weight")]
+    return len({id(module.weight) for module in linear}) < len(linear)

@@ -22,6 +22,8 @@ TOKENIZER_FILES = (
 )
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
+_WHOLE = ("model*.safetensors", "pytorch_model*.bin")
+
 #: Fields of peft's LoraConfig that our settings cover, and those that do not affect training.
 _OURS = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora")
 _OF_NO_MATTER = (
@@ -39,9 +41,20 @@ _OF_NO_MATTER = (
 
 
 def is_adapter_folder(source: str) -> bool:
-    """Return whether `--model` is a folder that holds an adapter and no model."""
+    """Return whether `--model` is a folder that holds an adapter; its base's config.json may lie beside it.
+
+    Raises UserError for a folder that also holds the weights of a whole model: transformers would load the
+    adapter on its base, whatever these weights are.
+    """
     folder = Path(source).expanduser()
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    if whole := sorted(path.name for pattern in _WHOLE for path in folder.glob(pattern)):
+        raise UserError(
+            f"{source} holds both an adapter ({ADAPTER_CONFIG}) and weights of a whole model ({whole[0]}).",
+            remedy="Keep one of the two in the folder.",
+        )
+    return True
 
 
 def base_of(source: str) -> str | None:
@@ -53,7 +66,7 @@ def base_of(source: str) -> str | None:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     folder = Path(source).expanduser()
-    if folder.is_file() or (folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file()):
+    if folder.is_file() or (folder.is_dir() and not is_adapter_folder(source)):
         return None
     found = find_adapter_config_file(str(folder) if folder.is_dir() else source)
     if found is None:
@@ -61,6 +74,12 @@ def base_of(source: str) -> str | None:
     base = str(read_config(Path(found)).get("base_model_name_or_path") or "")
     for place in (Path(base).expanduser(), folder / base):
         if base and place.exists():
+            if is_adapter_folder(str(place)):
+                raise UserError(
+                    f"{source} is an adapter on {base}, which is an adapter itself.",
+                    remedy=f"Merge that one first: autosft export {base} --format hub --merge; then set "
+                    "base_model_name_or_path in adapter_config.json to the merged model.",
+                )
             return full_path(str(place))
     if not base or Path(base).is_absolute() or base.startswith((".", "~")):
         raise UserError(

@@ -222,11 +222,12 @@ def require_no_head(base: Any) -> None:
 
 
 def holds_adapter_in_fp32(method: Method, precision: Precision) -> bool:
-    """Return whether an adapter is trained in fp32: always, except trl's bf16 adapters on 4-bit weights.
+    """Return whether an adapter is trained in fp32: always, except on 4-bit weights in a bf16 study.
 
-    A loss scaler rejects fp16 gradients, and does not support bf16 on CUDA, so that it needs fp32 as well.
+    trl casts adapters on 4-bit weights to bf16, whatever the precision; in a study of another precision they
+    are held in fp32 again.
     """
-    return method is not Method.QLORA or precision.scales_loss
+    return method is not Method.QLORA or not precision.has_bf16_weights
 
 
 def hold_trained_in_fp32(model: Any) -> None:

@@ -24,6 +24,7 @@ from autosft.profiles.model.adapter_folder import (
 )
 from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.gguf import is_gguf, plain_folder
+from autosft.profiles.model.near_models import what_to_give
 from autosft.profiles.model.weight_keys import read_header
 from autosft.profiles.recipe import AdapterSettings
 from autosft.profiles.sources import trained_in
@@ -78,12 +79,10 @@ def require_plausible(source: str) -> None:
     path = Path(source).expanduser()
     if path.is_dir():
         if not is_adapter_folder(source) and not (path / "config.json").is_file():
-            raise UserError(
-                f"--model {source} has no config.json.",
-                remedy=f"It is the folder of a run: give {inner}"
-                if (inner := trained_in(source)) != source
-                else "Give the folder that save_pretrained wrote, or a hub id.",
-            )
+            inner = trained_in(source)
+            of_run = f"It is the folder of a run: give {inner}"
+            remedy = what_to_give(path) if inner == source else of_run
+            raise UserError(f"--model {source} has no config.json.", remedy=remedy)
     elif path.exists():
         if not is_gguf(source):
             raise UserError(
@@ -249,8 +248,11 @@ def _require_weights(located: Located) -> None:
         raise UserError(
             f"--model {located.source} has no weights"
             + (f" in a known form, only {', '.join(foreign[:3])}." if foreign else "."),
-            remedy="Weights are read from model.safetensors or pytorch_model.bin, or from the files that "
-            "model.safetensors.index.json or pytorch_model.bin.index.json names, as save_pretrained writes.",
+            remedy=what_to_give(
+                Path(located.pretrained),
+                "Weights are read from model.safetensors or pytorch_model.bin, or the files that an index "
+                "beside them names, as save_pretrained writes.",
+            ),
         )
     missing = _missing_shards(located)
     if missing:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from autosft.profiles.answer_cache import AnswerCache, key_of
 from autosft.profiles.errors import UserError
 from autosft.profiles.model import quantization
-from autosft.profiles.model.adapted_layers import ALL_LINEAR, targets_in
+from autosft.profiles.model.adapted_layers import ALL_LINEAR, share_weights, targets_in
 from autosft.profiles.model.adapter_folder import TOKENIZER_FILES
 from autosft.profiles.model.files import Located, locate
 from autosft.profiles.model.model_class import (
@@ -261,14 +261,15 @@ def _load_config(located: Located, *, trust_remote_code: bool) -> PreTrainedConf
             located.pretrained, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     except Exception as error:  # configuration classes raise anything for an invalid file
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         needs_code = "trust_remote_code" in str(error)
         raise UserError(
             f"--model {located.source}: "
             + (
                 "it contains code that has to be run."
                 if needs_code
-                else f"config.json cannot be read: {first_line}"
+                else f"config.json cannot be read: {reason}"
             ),
             remedy="Review that code, then pass --trust-remote-code." if needs_code else None,
         ) from None
@@ -288,6 +289,11 @@ def _what_is_not_trained(model: PreTrainedModel) -> Iterator[str]:
         yield (
             "Its experts share one weight a layer, which is no linear layer: full fine-tuning trains them, "
             "adapters leave them as they are, and QLoRA does not hold them in 4 bits."
+        )
+    if share_weights(model):
+        yield (
+            "Some of its layers share their weights, and an adapter changes each of these layers in its own "
+            "way: it is kept beside the model, since it cannot be merged into it."
         )
 
 

@@ -62,6 +62,8 @@ def scheme_name(quantization: Mapping[str, Any]) -> str:
     if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
         return "bitsandbytes-8bit"
     method = quantization.get("quant_method")
+    if method is None and {"bits", "group_size"} <= quantization.keys():
+        return "MLX"
     return str(getattr(method, "value", method) or "unknown")
 
 

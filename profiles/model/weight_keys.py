@@ -13,6 +13,7 @@ import copy
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,7 +176,9 @@ def read_bin(path: Path, *, map_location: str) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        found = torch.load(path, map_location=map_location, mmap=True, weights_only=True)
+        # Files of torch before 1.6 are no archives, and cannot be mapped.
+        mmap = zipfile.is_zipfile(path)
+        found = torch.load(path, map_location=map_location, mmap=mmap, weights_only=True)
     except Exception as error:  # torch's message explains how to load it anyway
         is_code = isinstance(error, pickle.UnpicklingError)
         why = (

@@ -268,6 +268,9 @@ def _ray_environment(run_dir: Path) -> dict[str, str]:
         # do not.
         "AUTOSCALER_METRIC_PORT": "-1",
         "DASHBOARD_METRIC_PORT": "-1",
+        # To tell a dead control service of its tasks, Ray would wait for 5 s: ray.shutdown() took 7.6 s, and
+        # 2.7 s with this (2.60, beside a load of 22 on two cores).
+        "RAY_task_events_shutdown_flush_timeout_ms": "200",
         # Trials are not Ray's processes: its memory monitor could only kill the small actors next to them.
         "RAY_memory_monitor_refresh_ms": "0",
         # Otherwise Ray copies `uv run`'s environment for every worker.

@@ -23,6 +23,7 @@ from autosft.studies.intervals import Interval
 from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.results.final_scores import FinalScore, describe_choice
 from autosft.studies.results.losses import losses_of, read_passes
+from autosft.studies.results.outlook import describe_going_on, outlook_of, rules_of
 from autosft.studies.results.over_untuned import OverUntuned, describe_over_untuned, over_untuned
 from autosft.studies.results.racing import describe_difference
 from autosft.studies.results.summary import Summary, best_measurement, describe_gain, summarise
@@ -62,6 +63,7 @@ class Conclusion:
     num_cut: int = 0  # of the finished trials, those that the time budget has ended
     no_result: str = ""  # why no trial has one and what helps, where the study is over or out of time
     untuned_value: float | None = None  # of the model as it was before tuning, on the same examples
+    going_on: str = ""  # whether more search is worth it, where a freeze-thaw search can tell
     over_untuned: OverUntuned | None = None  # the best checkpoint beside it, paired; None: not scored
     # Measured: how long devices were idle between two attempts while work was waiting.
     num_gaps: int = 0
@@ -118,6 +120,9 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         else why_no_result(trials, is_time_over=is_time_over(study)),
         untuned_value=None if untuned is None else untuned.metric(run.metric),
         over_untuned=over,
+        going_on=describe_going_on(outlook_of(rules_of(records.spec), trials).going_on)
+        if run.rule.thaws
+        else "",
         gain=describe_gain(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),
         choice=choice_of(study, summary, finals),
         final_scores=finals,

@@ -155,6 +155,8 @@ def handle_end(loop: Loop, end: AttemptEnd) -> None:
         return
     if end.failure is FailureKind.WORKER_LOST and attempt.stop_reason is not None:
         end = replace(end, failure=None, stopped=attempt.stop_reason)  # it was asked to stop, and did
+    if end.failure is FailureKind.HOST_OUT_OF_MEMORY and had_ram_to_itself(loop, attempt):
+        end = replace(end, failure=FailureKind.OUT_OF_MEMORY)  # there are no fewer at once: fewer rows
     if is_loss(end):
         loop.observed.num_lost[end.trial] += 1
         delay_lost(loop, end.trial, num_lost=loop.observed.num_lost[end.trial])
@@ -177,6 +179,13 @@ def handle_end(loop: Loop, end: AttemptEnd) -> None:
     elif end.completed:
         went_well(loop)
     raise_if_hopeless(loop, end, record)
+
+
+def had_ram_to_itself(loop: Loop, attempt: RunningAttempt) -> bool:
+    """Whether an attempt trains in RAM, and no other of the study was running."""
+    slots = [loop.fleet.slots[uuid] for uuid in attempt.job.device_uuids if uuid in loop.fleet.slots]
+    is_in_ram = bool(slots) and not any(slot.device.kind.traits.has_own_memory for slot in slots)
+    return is_in_ram and len(loop.attempts.running) == 1
 
 
 def learn(loop: Loop, attempt: RunningAttempt, end: AttemptEnd, record: TrialRecord) -> None:

@@ -6,10 +6,10 @@ import math
 from collections.abc import Collection
 
 from autosft.scheduler.decide.pruning import Decision
-from autosft.scheduler.events import TrialEnded
+from autosft.scheduler.events import TrialEnded, TrialForecast
 from autosft.scheduler.loop.state import Loop
 from autosft.studies.search.freeze_thaw.choose import Choice, Worth
-from autosft.studies.search.freeze_thaw.proposal import Next, Rules, decide_next
+from autosft.studies.search.freeze_thaw.proposal import Next, Rules, as_value, decide_next
 from autosft.studies.trial import Measurement, TrialState
 
 #: A running trial goes on if it is worth this share of the best alternative, which would have to be started.
@@ -33,6 +33,7 @@ def next_step(loop: Loop, paused: Collection[int], *, may_start: bool) -> Next:
         minimize=loop.run.minimize,
         num_evaluations=loop.run.rule.num_rungs,
         seed=spec.seed,
+        earlier=loop.run.earlier,
     )
     loop.thaw.key = key
     loop.thaw.found = decide_next(rules, trials, paused=paused, may_start=may_start)
@@ -65,10 +66,38 @@ def decide_to_go_on(loop: Loop, measurement: Measurement, *, value: float, may_s
         return Decision.PAUSE
     own, best = found.choice.of_curves[here], found.choice.worth
     assert best is not None
+    goes_on = found.trial == here or own.per_cost >= _STAYS_AT * best.per_cost
     if not may_start and not is_worth(own, found.choice):
-        return Decision.PAUSE
-    stays = found.trial == here or own.per_cost >= _STAYS_AT * best.per_cost
-    return Decision.CONTINUE if stays else Decision.PAUSE
+        goes_on, reason = False, "what it may still gain is lost in the noise of an evaluation"
+    elif found.trial == here:
+        reason = "it promises most per token"
+    else:
+        other = "new settings promise" if found.trial is None else f"trial {found.trial} promises"
+        ratio = best.per_cost / own.per_cost
+        reason = f"{other} {ratio:.1f} times as much per token" if ratio < 100 else f"{other} far more"
+        reason = f"{reason}, too little to change" if goes_on else reason
+    loop.observe(forecast(loop, here, own, value=value, goes_on=goes_on, reason=reason))
+    return Decision.CONTINUE if goes_on else Decision.PAUSE
+
+
+def forecast(
+    loop: Loop, trial: int, worth: Worth, *, value: float, goes_on: bool, reason: str
+) -> TrialForecast:
+    """Return what is expected of a trial, in the study's metric."""
+    end, *ends = (
+        as_value(loss, minimize=loop.run.minimize, is_share=value <= 1)
+        for loss in (worth.end, worth.low, worth.high)
+    )
+    return TrialForecast(
+        trial=trial,
+        end=end,
+        low=min(ends),
+        high=max(ends),
+        gain=worth.gain,
+        cost=worth.cost,
+        goes_on=goes_on,
+        reason=reason,
+    )
 
 
 def paused_at_rungs(loop: Loop) -> frozenset[int]:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,7 @@ from autosft.studies.store.records import Records, open_records
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import DEFAULT_ORIGIN, PromptScoring, TrialState
 from autosft.studies.values import Driver
-from autosft.studies.warm_start import WarmStart, warm_start
+from autosft.studies.warm_start import WarmStart, earlier_studies, warm_start
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter
 from autosft.workers.runner import TrialRunner
 from autosft.workers.training.trackers import check_installed
@@ -159,13 +159,16 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         stack.callback(lambda: runner.close(grace_s=0.0))
         opened = OpenStudy(
             request=planned.request,
-            run=study_run(
-                planned.design,
-                planned.facts,
-                planned.request,
-                files,
-                scoring=scoring,
-                deadline=planned.deadline,
+            run=replace(
+                study_run(
+                    planned.design,
+                    planned.facts,
+                    planned.request,
+                    files,
+                    scoring=scoring,
+                    deadline=planned.deadline,
+                ),
+                earlier=earlier_studies(records, study.spec, planned.request.warm_start),
             ),
             default=planned.design.basis,
             model=planned.facts.model,

@@ -16,6 +16,7 @@ from autosft.profiles.dataset.ifeval_prompts import (
     write_prompts,
 )
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.template_bounds import bounded_template
 from autosft.profiles.dataset.template_date import pin_date
 from autosft.profiles.dataset.template_parts import with_parts
 from autosft.profiles.dataset.tokenizer import load_tokenizer
@@ -140,9 +141,10 @@ def longest_answers(given: PromptSet, data: PreparedData) -> Generation:
     pin_date(tokenizer, data.template_date)
     asked = [[{"role": "user", "content": prompt.prompt}] for prompt in given.prompts]
     template = with_parts(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
-    texts = tokenizer.apply_chat_template(
-        asked, tokenize=False, add_generation_prompt=True, chat_template=template
-    )
+    with bounded_template():
+        texts = tokenizer.apply_chat_template(
+            asked, tokenize=False, add_generation_prompt=True, chat_template=template
+        )
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return Generation(prompt_tokens=max(map(len, ids)), new_tokens=given.max_new_tokens)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from autosft.profiles.units import gib
 from autosft.studies.formatting import format_duration, format_metric
 from autosft.studies.report.followed import FollowedPrompt, followed_prompts
 from autosft.studies.results.losses import losses_of
+from autosft.studies.results.outlook import Outlook, describe_going_on, outlook_of, rules_of
 from autosft.studies.results.over_untuned import OverUntuned, describe_over_untuned, over_untuned
 from autosft.studies.results.summary import (
     Summary,
@@ -53,6 +54,9 @@ class StudyReport:
     scores: tuple[CheckpointScore, ...] = ()  # on examples that were not used to choose
     untuned: float | None = None  # the metric of the model before tuning
     over_untuned: OverUntuned | None = None  # the best checkpoint beside it
+    outlook: Outlook = field(
+        default_factory=Outlook
+    )  # what the learning curves say; empty with too few trials
     followed: tuple[FollowedPrompt, ...] = ()  # prompts of a metric of prompts, those not followed first
 
     @property
@@ -90,6 +94,7 @@ def report_of(
         },
         summary=summary,
         importances=importances(spec.space, trials, maximize=maximize),
+        outlook=outlook_of(rules_of(spec), trials),
         training=tuple((number, in_one_line(study.progress(number))) for number in shown),
         answers=tuple(answers),
         scores=study.scores(),
@@ -142,6 +147,8 @@ def sentences(report: StudyReport) -> Iterator[str]:
         yield describe_ranking(report.summary.ranking)
     if (final := final_score(report)) is not None:
         yield describe_final(final)
+    if text := describe_going_on(report.outlook.going_on):
+        yield f"Going on is {text}."
     yield describe_trials(report)
     if text := describe_memory(report):
         yield text

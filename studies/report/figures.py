@@ -51,13 +51,44 @@ def learning_curves(report: StudyReport) -> Figure:
         )
     if best is not None:
         data.append(_curves([best], metric, name=f"best (trial {best.number})", color="@accent", width=2.5))
+    data += _predicted_ends(report)
     return Figure(
         name="curves",
-        caption=f"{metric} at every evaluation; a line that ends early was stopped.",
+        caption=f"{metric} at every evaluation; a line that ends early was stopped"
+        + (", and the bars are where it would have ended (95 %)." if report.outlook.ends else "."),
         height_px=380,
         data=data,
         layout=layout_of(x="training tokens", y=metric, y_log=_spans_decades(data)),
     )
+
+
+def _predicted_ends(report: StudyReport) -> list[Json]:
+    """Return where trials that were paused or stopped would have ended, at the tokens of a full run."""
+    tokens = [trial.measurements[-1].num_tokens for trial in report.trials if trial.measurements]
+    if not report.outlook.ends or not tokens:
+        return []
+    ends = report.outlook.ends
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "predicted ends",
+            "x": [max(tokens)] * len(ends),
+            "y": [short(end.end) for _, end in ends],
+            "error_y": {
+                "type": "data",
+                "symmetric": False,
+                "array": [short(end.high - end.end) for _, end in ends],
+                "arrayminus": [short(end.end - end.low) for _, end in ends],
+                "thickness": 1,
+                "width": 0,
+                "color": "@faint",
+            },
+            "marker": {"color": "@faint", "size": 5},
+            "text": [f"trial {number}" for number, _ in ends],
+            "hovertemplate": "%{text}: %{y} predicted<extra></extra>",
+        }
+    ]
 
 
 def training_losses(report: StudyReport) -> Figure | None:

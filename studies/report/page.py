@@ -21,6 +21,7 @@ from autosft.studies.report.facts import (
     sentences,
 )
 from autosft.studies.report.time_line import time_line
+from autosft.studies.results.outlook import effect_rows
 from autosft.studies.results.summary import peak_bytes
 from autosft.studies.search.dimensions import Fixed
 from autosft.studies.search.importance import MIN_RESULTS
@@ -72,6 +73,7 @@ def render(report: StudyReport) -> str:
         figures=by_name,
         slices=[figure for name, figure in by_name.items() if name.startswith("slice-")],
         trade_offs=[figure for name, figure in by_name.items() if name.startswith("pareto-")],
+        effects=effect_rows(report.outlook.effects),
         min_results=MIN_RESULTS,
         scores=score_rows(report),
         environment=environment_rows(report),

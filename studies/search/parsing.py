@@ -27,8 +27,22 @@ def parse_dimension(name: str, given: object) -> Dimension:
     if isinstance(given, str) and ".." in given:
         return _range(setting, given)
     if isinstance(given, str) and "," in given and not setting.has_commas:
+        _refuse_comma_in_number(setting, given)
         return _choices(setting, given.split(","))
     return Fixed(value=_value(setting, given))
+
+
+def _refuse_comma_in_number(setting: Setting, text: str) -> None:
+    """Raise UserError for a comma within a number ("2,048", "0,0003"), which would make two choices of it."""
+    is_grouped = re.search(r",0\d", text) is not None
+    is_decimal = not setting.is_whole and re.fullmatch(r"\s*0,\d+\s*", text) is not None
+    if setting.kind is not Kind.TEXT and (is_grouped or is_decimal):
+        plain = text.strip().replace(",", "." if is_decimal else "")
+        choices = ", ".join(part.strip() for part in text.split(","))
+        raise UserError(
+            f"{setting.name}: {text.strip()!r} has a comma, which separates choices.",
+            remedy=f'Write {plain}, or, for choices, "{choices}".',
+        )
 
 
 def _choices(setting: Setting, given: Sequence[object]) -> Dimension:

@@ -20,6 +20,7 @@ from autosft.scheduler.events import (
     StudyEvent,
     StudyOpened,
     TrialEnded,
+    TrialForecast,
     TrialMeasured,
     TrialStarted,
     UntunedScored,
@@ -174,6 +175,8 @@ def trial_events(number: int, *, stops_after: int | None = None) -> Iterator[Stu
         if step in EVALUATIONS:
             value = 0.45 + abs(5 - number % 8) * 0.11 + 1.6 * math.exp(-step / 45)
             yield TrialMeasured(measurement=measurement(number, step, value=value))
+            if step != NUM_STEPS:
+                yield forecast(number, end=value - 0.1, goes_on=EVALUATIONS.index(step) + 1 != stops_after)
             if stops_after and EVALUATIONS.index(step) + 1 == stops_after:
                 ended = record(number, TrialState.STOPPED, value=value, best_step=step)
                 yield TrialEnded(record=ended)
@@ -181,6 +184,20 @@ def trial_events(number: int, *, stops_after: int | None = None) -> Iterator[Stu
         elif step % 5 == 0:
             yield TrialMeasured(measurement=measurement(number, step))
     yield TrialEnded(record=record(number, TrialState.COMPLETED, value=value, best_step=NUM_STEPS))
+
+
+def forecast(number: int, *, end: float, goes_on: bool) -> TrialForecast:
+    reason = "it promises most per token" if goes_on else "new settings promise 2.3 times as much per token"
+    return TrialForecast(
+        trial=number,
+        end=end,
+        low=end - 0.05,
+        high=end + 0.06,
+        gain=0.01,
+        cost=0.3,
+        goes_on=goes_on,
+        reason=reason,
+    )
 
 
 def study_events(num_trials: int = 12) -> Iterator[StudyEvent]:

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import enum
 import json
+import math
 import os
 import random
 import secrets
@@ -32,8 +33,12 @@ from tests.ray_nodes import RayNodes
 
 ROOT = Path(__file__).parents[2]
 ORPHAN_LIMIT_S = 10.0  # within which nothing of a dead driver may be left
+HEAD_LIMIT_S = 10.0  # within which a driver leaves whose own Ray has lost its head
 STUDY_LIMIT_S = 600.0
+UNDER_LOAD_LIMIT_S = 1700.0
 EARLY = 0.4  # how often a driver's parts are killed from its start on, not only once a trial runs
+STARTING = 0.3  # how often a driver is killed before it has a run
+STARTING_S = 4.0  # of which it takes about that long, mostly to import
 DEATH_S = 2.0  # in which a victim dies, or the signal does not count as a kill
 LEAVING_S = 60.0  # for a driver that was asked to leave, which lets trials save
 DEAF_AFTER = 3  # a part that has ignored a signal so much oftener than it died of it is sent it no more
@@ -52,6 +57,7 @@ class Part(enum.Enum):
     NODE = "node"  #: a raylet and all that it has started: a machine, but the driver's
     HEAD = "head"  #: Ray's control store
     DRIVER = "driver"
+    STARTING = "driver that starts"  #: before it has told of a run: it imports, or has just begun one
 
 
 Kill = tuple[Part, signal.Signals]
@@ -98,11 +104,13 @@ class Chaos:
     num_kills: int
     nodes: RayNodes | None = None  # a cluster; without one each driver starts its own Ray
     parts: tuple[Part, ...] = tuple(Part)
+    niceness: int = 0  # of the drivers and all that they start
     tally: Tally = field(default_factory=Tally)  # may be that of many studies
     kills: list[Kill] = field(default_factory=list)  # what died of it
     num_drivers: int = 0
     ends: list[int] = field(default_factory=list)  # exit codes of the drivers
     orphans_s: list[float] = field(default_factory=list)  # how long each driver's processes outlived it
+    headless_s: list[float] = field(default_factory=list)  # from the head's death to the driver's end
     segments: set[str] = field(default_factory=set)  # of shared memory, seen in use
     healing: threading.Thread | None = None
 
@@ -110,13 +118,15 @@ class Chaos:
 def torment(chaos: Chaos) -> None:
     """Run the study to its end through `num_kills` kills, asking for further trials as long as it takes."""
     draw = random.Random(chaos.seed)
-    deadline = time.monotonic() + STUDY_LIMIT_S
+    deadline = time.monotonic() + (UNDER_LOAD_LIMIT_S if chaos.niceness else STUDY_LIMIT_S)
     while True:
         if chaos.nodes is not None:
             heal(chaos.nodes)
         driver = start_driver(chaos)
-        run_dir = wait_for_run(chaos, driver, deadline)
-        if run_dir is None:  # the head was still dying when it was looked at
+        is_due = Part.STARTING in chaos.parts and len(chaos.kills) < chaos.num_kills
+        kill_after_s = draw.uniform(0.0, STARTING_S) if is_due and draw.random() < STARTING else None
+        run_dir = wait_for_run(chaos, driver, deadline, kill_after_s)
+        if run_dir is None:  # killed at its start, or the head was still dying when it was looked at
             chaos.ends.append(driver.returncode)
             continue
         has_begun = draw.random() < EARLY
@@ -153,7 +163,7 @@ def start_driver(chaos: Chaos) -> subprocess.Popen[bytes]:
         "address": chaos.nodes and chaos.nodes.address,
     }
     with (chaos.folder / "driver.log").open("ab") as log:
-        return subprocess.Popen(
+        driver = subprocess.Popen(
             [sys.executable, "-c", HEARING_SIGINT, json.dumps(options)],
             env={
                 **os.environ,
@@ -166,6 +176,8 @@ def start_driver(chaos: Chaos) -> subprocess.Popen[bytes]:
             stderr=log,
             start_new_session=True,
         )
+    psutil.Process(driver.pid).nice(chaos.niceness)
+    return driver
 
 
 # A program that was started in the background of a shell inherits an ignored SIGINT.
@@ -177,16 +189,40 @@ sys.exit(main())
 """
 
 
-def wait_for_run(chaos: Chaos, driver: subprocess.Popen[bytes], deadline: float) -> Path | None:
-    """Return the run folder that the driver has published; None where its cluster was not there."""
+def wait_for_run(
+    chaos: Chaos, driver: subprocess.Popen[bytes], deadline: float, kill_after_s: float | None
+) -> Path | None:
+    """Return the run folder that the driver has published; None where its cluster was not there.
+
+    None too where it was killed after so many seconds, which it is if it has no run by then.
+    """
     path = chaos.folder / "drivers" / f"{driver.pid}.json"
+    kill_at = time.monotonic() + (math.inf if kill_after_s is None else kill_after_s)
     while not path.exists():
+        if time.monotonic() >= kill_at:
+            kill_starting(chaos, driver)
+            return None
         if driver.poll() is not None:
             assert chaos.nodes is not None, f"the driver ended at its start; {story(chaos)}"
             return None
         assert time.monotonic() < deadline, f"the driver does not start; {story(chaos)}"
         time.sleep(0.02)
     return Path(json.loads(path.read_text())["run_dir"])
+
+
+def kill_starting(chaos: Chaos, driver: subprocess.Popen[bytes]) -> None:
+    """Kill a driver that has no run yet, and assert that nothing that it has started outlives it for long."""
+    kill = chaos.tally.choose([Part.STARTING], random.Random(len(chaos.kills)))
+    driver.send_signal(signal.SIGSTOP)  # so that it starts nothing else after we have looked
+    children = descendants(psutil.Process(driver.pid))
+    driver.send_signal(kill[1])
+    driver.send_signal(signal.SIGCONT)
+    chaos.tally.sent[kill] += 1
+    driver.wait(LEAVING_S)
+    chaos.tally.died[kill] += 1
+    chaos.kills.append(kill)
+    _, left = psutil.wait_procs(children, timeout=ORPHAN_LIMIT_S)
+    assert not left, f"{left} outlived a driver that was starting; {story(chaos)}"
 
 
 def kill_something(chaos: Chaos, draw: random.Random, driver: subprocess.Popen[bytes], run_dir: Path) -> None:
@@ -218,11 +254,22 @@ def kill_something(chaos: Chaos, draw: random.Random, driver: subprocess.Popen[b
         return
     chaos.tally.died[part, how] += 1
     chaos.kills.append((part, how))
+    if part is Part.HEAD and chaos.nodes is None:
+        wait_for_headless(chaos, driver)
     _, left = psutil.wait_procs(ours, timeout=ORPHAN_LIMIT_S)
     assert not left, f"{left} outlived the {part.value} that had them; {story(chaos)}"
     if part in (Part.RAYLET, Part.NODE) and chaos.nodes is not None and driver.poll() is None:
         chaos.healing = threading.Thread(target=heal_meanwhile, args=(chaos.nodes,), daemon=True)
         chaos.healing.start()
+
+
+def wait_for_headless(chaos: Chaos, driver: subprocess.Popen[bytes]) -> None:
+    """Assert that a driver whose own Ray has lost its head ends soon; under load it takes what it takes."""
+    started = time.monotonic()
+    sleep_until_ended(driver, LEAVING_S)
+    assert driver.poll() is not None, f"the driver outlives its head; {story(chaos)}"
+    chaos.headless_s.append(time.monotonic() - started)
+    assert chaos.niceness or chaos.headless_s[-1] < HEAD_LIMIT_S, f"{chaos.headless_s}; {story(chaos)}"
 
 
 def parts_of(chaos: Chaos, run_dir: Path) -> dict[Part, list[psutil.Process]]:

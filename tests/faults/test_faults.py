@@ -1,11 +1,13 @@
 """Whatever is killed, and whenever: the study ends with what it would have had.
 
 `make test` runs a sample; `make faults` all of it: over 200 kills in 20 studies, each part as often as any
-other and by each signal, in one go.
+other and by each signal, in one go; and over 100 more under load.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +24,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.skipif(sys.platform != "linux", reaso
 
 NUM_STUDIES = 20
 NUM_KILLS = 11  # a study
+NUM_STUDIES_UNDER_LOAD = 10
+BUSY = "import os; os.nice(19)\nwhile True: pass"
 
 
 @pytest.mark.slow
@@ -77,10 +81,47 @@ def test_all_kills(number: int, tmp_path: Path, tally: Tally, request: pytest.Fi
         nodes=request.getfixturevalue("cluster") if number % 4 > 1 else None,
         tally=tally,
     )
+    run(chaos, number, tally)
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[None]:
+    """Keep every core busy, with a loop each more than there are cores for; others' work goes first."""
+    loops = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(2 * (os.cpu_count() or 1))]
+    yield
+    for loop in loops:
+        loop.kill()
+    for loop in loops:
+        loop.wait()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", range(NUM_STUDIES_UNDER_LOAD))
+def test_kills_under_load(
+    number: int, tmp_path: Path, tally: Tally, load: None, request: pytest.FixtureRequest
+) -> None:
+    """The same where everything takes three times as long, so that many kills fall into the start-up."""
+    chaos = Chaos(
+        seed=500 + number,
+        url=f"sqlite:///{tmp_path / 'studies.db'}",
+        folder=tmp_path,
+        num_trials=20,
+        num_kills=NUM_KILLS,
+        nodes=request.getfixturevalue("cluster") if number % 4 == 3 else None,
+        tally=tally,
+        niceness=19,
+    )
+    run(chaos, number, tally)
+
+
+def run(chaos: Chaos, number: int, tally: Tally) -> None:
+    """Run a study through its kills, check it, and tell of it."""
     started = time.monotonic()
     torment(chaos)
     check(chaos)
     print(
         f"study {number}: {len(chaos.kills)} kills, {chaos.num_drivers} drivers, nothing left after at most "
-        f"{max(chaos.orphans_s):.1f} s, {time.monotonic() - started:.0f} s; so far {tally.died.total()} kills"
+        f"{max(chaos.orphans_s):.1f} s, headless for at most {max(chaos.headless_s, default=0.0):.1f} s, "
+        f"{time.monotonic() - started:.0f} s; so far {tally.died.total()} kills"
     )

@@ -13,7 +13,8 @@ from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.space import default_space
 from autosft.studies.store.records import Records, open_records
 from autosft.studies.trial import TrialState
-from autosft.studies.warm_start import NOTHING, warm_start
+from autosft.studies.warm_start import LIKENESS as HOW_ALIKE
+from autosft.studies.warm_start import NOTHING, earlier_studies, warm_start
 from tests.studies.study_examples import end, evaluation, opened, space, spec, start
 
 LLAMA = {"model": {"architecture": "LlamaForCausalLM", "num_parameters": 1_000}}
@@ -94,6 +95,29 @@ def test_a_study_that_is_resumed_takes_nothing_over(records: Records) -> None:
     assert warm_start(records, spec("mine"), "auto") == NOTHING
 
 
+def test_a_search_learns_from_like_studies_the_most_alike_first(records: Records) -> None:
+    finished(records, "near", (2.0, 1.5))
+    finished(records, "other data", (1.0,), data_fingerprint="y" * 64)
+    finished(records, "other model", (1.0,), **OTHER_MODEL)
+    found = earlier_studies(records, spec("new"), "auto")
+    assert [(study.name, study.likeness) for study in found] == [
+        ("near", HOW_ALIKE[0]),
+        ("other data", HOW_ALIKE[1]),
+    ]
+    assert [trial.value for trial in found[0].trials] == [2.0, 1.5]
+    assert earlier_studies(records, spec("new"), "none") == ()
+    [asked] = earlier_studies(records, spec("new"), "other model")
+    assert (asked.name, asked.likeness) == ("other model", HOW_ALIKE[-1])
+
+
+def test_what_ended_after_a_study_began_is_not_learned_from(records: Records) -> None:
+    """A study that is resumed decides as it did: what it learns from does not change meanwhile."""
+    records.open_study(spec("mine"), now=0.5).release(now=0.5)
+    finished(records, "beside it", (2.0,))
+    assert earlier_studies(records, spec("mine"), "auto") == ()
+    assert earlier_studies(records, spec("new"), "auto")
+
+
 def test_settings_outside_the_new_space_are_moved_and_that_is_reported(records: Records) -> None:
     finished(records, "earlier", (2.0,))
     [trial] = records.read_study("earlier").trials()
@@ -112,3 +136,16 @@ def test_settings_outside_the_new_space_are_moved_and_that_is_reported(records: 
     study = opened(records, name="new", space=narrow)
     assert study.enqueue(found.trials[0], origin="warm start", now=3.0)
     assert study.ask(now=4.0).origin == "warm start"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "taken"),
+    [({}, False), ({"data": "other.jsonl"}, True), ({"data_fingerprint": "now"}, True)],
+    ids=["another part of the same data", "other data", "the same fold"],
+)
+def test_a_fold_learns_nothing_from_what_was_chosen_with_its_examples(
+    records: Records, earlier: dict[str, Any], taken: bool
+) -> None:
+    finished(records, "earlier", (2.0,), environment=LLAMA, **earlier)
+    now = spec("now", environment=LLAMA, data_fingerprint="now", data_options={"fold": "2/5"})
+    assert bool(warm_start(records, now, "auto").trials) is taken

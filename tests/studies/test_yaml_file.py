@@ -79,6 +79,7 @@ REFUSED = [
     ("time_budget: soon", "not a positive duration"),
     ("epochs: .inf", "epochs"),
     ("seed: 1\nseed: 2", "line 4: the key 'seed' is given twice"),
+    ("time-budget: 1h\ntime_budget: 2h", "line 4: the key 'time_budget' is given twice"),
     ("space: {lora_rank: 8, lora_rank: 16}", "line 3: the key 'lora_rank' is given twice"),
     ("seed: [1", "line 4"),
     ("seed: !!python/object:os.system 1", "line 3"),
@@ -90,6 +91,20 @@ def test_what_could_mean_another_thing_is_refused(tmp_path: Path, line: str, say
     with pytest.raises(UserError) as error:
         request_of(tmp_path, line)
     assert says in str(error.value)
+
+
+def test_a_file_in_the_encoding_of_powershell_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text("model: ./model\ndata: ./größe.jsonl\n", encoding="utf-16")
+    assert read_request({}, path).data == "./größe.jsonl"
+
+
+def test_another_encoding_is_named_with_a_way_out(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_bytes("model: ./größe\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8") as error:
+        read_request({}, path)
+    assert "iconv" in (error.value.remedy or "")
 
 
 def test_values_within_lists_and_anchors_are_read(tmp_path: Path) -> None:

@@ -140,6 +140,9 @@ REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
     "auto-round": ({"quant_method": "auto-round", "bits": 4}, "auto-round"),
     "torchao": ({"quant_method": "torchao", "quant_type": "int4_weight_only"}, "torchao"),
     "hqq": ({"quant_method": "hqq"}, "hqq"),
+    "MLX": ({"bits": 4, "group_size": 64}, "MLX"),
+    "ExLlama": ({"quant_method": "exl2", "bits": 4.0}, "exl2"),
+    "ModelOpt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "modelopt"),
     "one that nobody knows": ({"quant_method": "q17"}, "q17"),
 }
 
@@ -208,6 +211,33 @@ WRONG: Mapping[str, tuple[Change, str]] = {
         _with("model.layers.0.self_attn.q_proj.weight_scale_inv", 1, 1),
         "no quantization_config",
     ),
+}
+
+
+def _with_value(value: float) -> Change:
+    def change(weights: Weights) -> Weights:
+        one = weights["model.layers.1.self_attn.q_proj.weight"].clone()
+        one[0, 0] = value
+        return {**weights, "model.layers.1.self_attn.q_proj.weight": one}
+
+    return change
+
+
+def _zeros(part: str) -> Change:
+    return lambda weights: {
+        name: torch.zeros_like(one) if part in name else one for name, one in weights.items()
+    }
+
+
+#: Whose values, not names, are wrong: seen at every load, as no plan reads them.
+BROKEN: Mapping[str, tuple[Change, str]] = {
+    "NaN": (
+        _with_value(float("nan")),
+        "no numbers (NaN or infinite): model.layers.1.self_attn.q_proj.weight",
+    ),
+    "infinite": (_with_value(float("inf")), "no numbers"),
+    "a download that broke off": (_zeros("layers"), "nothing but zeros"),
+    "all zeros": (_zeros(""), "nothing but zeros"),
 }
 
 #: What may differ and is no fault.

@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapted_layers import share_weights
 from autosft.profiles.model.adapters import KINDS, chosen, peft_config
 from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import AdapterSettings, Method, Precision
 from autosft.studies.trial import Measurement
 from autosft.workers.load_weights import load_adapter, load_any, load_base
 from autosft.workers.scoring import inference_server, saved_models
-from autosft.workers.tools.merge_adapter import merge
+from autosft.workers.tools.merge_adapter import merge, require_weights_of_their_own
 from autosft.workers.training import score_checkpoint
 from autosft.workers.training.load import load_model
 from autosft.workers.training.train import train
@@ -56,6 +57,51 @@ def test_weights_that_are_not_the_models_are_refused_before_and_at_every_load(
         with pytest.raises(UserError) as error:
             load()
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", checkpoints.BROKEN)
+def test_weights_that_are_no_numbers_are_refused_at_every_load(name: str, data: Path, tmp_path: Path) -> None:
+    change, words = checkpoints.BROKEN[name]
+    folder = make_model(tmp_path / "model")
+    checkpoints.store(folder, change(checkpoints.weights_of(folder)))
+    for load in (
+        lambda: load_model(job(folder, data, tmp_path)),
+        lambda: saved_models.load(str(folder), trust_remote_code=False),
+        lambda: inference_server.load(str(folder)),
+    ):
+        with pytest.raises(UserError) as error:
+            load()
+        assert words in str(error.value)
+
+
+def test_an_added_layer_may_begin_as_zeros(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    weights = checkpoints.weights_of(folder)
+    weights["model.layers.1.self_attn.o_proj.weight"].zero_()
+    checkpoints.store(folder, weights)
+
+    load_base(str(folder), dtype=torch.float32)
+
+
+def test_weights_as_torch_saved_them_before_1_6_are_read(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    weights = checkpoints.weights_of(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+    load_model_profile(str(folder))
+    loaded = load_base(str(folder), dtype=torch.float32).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in weights.items())
+
+
+def test_an_empty_quantization_is_none(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    weights = checkpoints.weights_of(folder)
+    checkpoints.change_config(folder, quantization_config={})
+
+    assert load_model_profile(str(folder)).quantization is None
+    loaded = load_base(str(folder), dtype=torch.float32).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize("name", checkpoints.RIGHT)
@@ -216,6 +262,11 @@ def test_bitsandbytes_weights_are_dequantized_or_trained_over(
     if bits == 4:
         over = load_model(job(folder, data, tmp_path, settings=asked))
         assert type(over.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+        for precision in (Precision.FP32, Precision.BF16):  # trl's bf16 adapters are fp32 in the first
+            held = pinned(data, precision=precision)
+            over_it = job(folder, data, tmp_path / precision.value, settings=asked, pinned=held)
+            end = train(over_it, lambda _: None, lambda: None)
+            assert end.completed, end.message
 
 
 def test_qlora_over_other_quantized_weights_is_refused(data: Path, tmp_path: Path) -> None:
@@ -389,3 +440,48 @@ def test_the_adapter_of_a_loaded_base_keeps_its_own_precision(tmp_path: Path) ->
     assert len(found) == len(stored)
     for name, one in found.items():
         assert torch.equal(one, stored[name.replace(".default", "")])
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_an_adapter_on_layers_that_share_a_weight_is_not_merged(is_shared: bool, tmp_path: Path) -> None:
+    """As Zamba 2's blocks: each use has its own change, and the one weight would get all of them."""
+    from peft import LoraConfig, get_peft_model
+
+    model = load_base(str(make_model(tmp_path / "model")), dtype=torch.float32)
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    if is_shared:
+        second.weight = first.weight
+    assert share_weights(model) is is_shared
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    if is_shared:
+        with pytest.raises(UserError, match="share one weight") as error:
+            require_weights_of_their_own(adapted, "c")
+        assert "without --merge" in (error.value.remedy or "")
+    else:
+        require_weights_of_their_own(adapted, "c")
+
+
+BROKEN_ADAPTERS = {
+    "NaN": (
+        lambda path: save_file({k: v * float("nan") for k, v in load_file(path).items()}, path),
+        "no numbers",
+    ),
+    "git lfs": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "not a safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ADAPTERS)
+def test_adapters_that_are_no_numbers_are_refused(name: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    change, words = BROKEN_ADAPTERS[name]
+    base = str(make_model(tmp_path / "model"))
+    get_peft_model(
+        load_base(base, dtype=torch.float32), LoraConfig(target_modules=["q_proj"])
+    ).save_pretrained(tmp_path / "adapter")
+    change(tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(UserError, match=words):
+        load_adapter(load_base(base, dtype=torch.float32), tmp_path / "adapter")

@@ -98,9 +98,16 @@ def run_call(request: Mapping[str, Any], send: Callable[[bytes], object], comman
 
 
 def become_leader() -> None:
-    """Become the leader of a process group, so that the group can be killed as a whole."""
+    """Become the leader of a process group, so that the group can be killed as a whole.
+
+    Where the machine or the container runs out of memory, the kernel kills what takes most of it: this one
+    rather than the driver, which would end the study.
+    """
     with contextlib.suppress(AttributeError, OSError):  # Windows; already a session leader
         os.setsid()
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
 
 
 def run_once() -> NoReturn:

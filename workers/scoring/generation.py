@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
+from autosft.profiles.dataset.template_bounds import bounded_template
 from autosft.profiles.dataset.template_date import recorded_date, with_date
 from autosft.profiles.dataset.template_parts import with_parts
 from autosft.profiles.dataset.tokenizer import fit_pad
@@ -82,13 +83,13 @@ def prompt_tokens(
     A template that contains today's date uses `date`, or the date that the model was trained with.
     """
     jinja = tokenizer.get_chat_template() if tokenizer.chat_template else template
-    text = tokenizer.apply_chat_template(
-        conversation,
-        tokenize=False,
-        add_generation_prompt=True,
-        chat_template=jinja
-        and with_date(with_parts(jinja, tokenizer.special_tokens_map), date or recorded_date(tokenizer)),
+    written = jinja and with_date(
+        with_parts(jinja, tokenizer.special_tokens_map), date or recorded_date(tokenizer)
     )
+    with bounded_template():
+        text = tokenizer.apply_chat_template(
+            conversation, tokenize=False, add_generation_prompt=True, chat_template=written
+        )
     return list(tokenizer(text, add_special_tokens=False, return_token_type_ids=False)["input_ids"])
 
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,21 @@ def _rotated(fields: dict[str, Any], rope: dict[str, Any]) -> int | None:
     return int(share * (fields.get("head_dim") or fields["hidden_size"] // heads))
 
 
+def permuted(weights: Any, n_head: int, n_head_kv: int | None, num_rotated: int) -> Any:
+    """Return query or key weights with the rotated values of each head in llama.cpp's order.
+
+    It rotates neighbours where transformers rotates halves.  The converter's own `permute` takes all values
+    of a head for rotated, and so mixes those of Bamba, which rotates half of them.
+    """
+    import torch
+
+    heads = n_head if n_head_kv is None else n_head_kv
+    by_head = weights.reshape(heads, weights.shape[0] // heads, *weights.shape[1:])
+    rotated, rest = by_head[:, :num_rotated], by_head[:, num_rotated:]
+    pairs = rotated.reshape(heads, 2, num_rotated // 2, *weights.shape[1:]).swapaxes(1, 2)
+    return torch.cat([pairs.reshape(rotated.shape), rest], dim=1).reshape(weights.shape)
+
+
 def _predicts_more_tokens(conversion: Any, folder: Path) -> bool:
     """Whether the converter looks for layers of multi-token prediction."""
     try:
@@ -138,6 +154,12 @@ def main(folder: str, file: str, dtype: str, adapter: str | None = None) -> None
     def load_hparams(*given: Any, **named: Any) -> dict[str, Any]:
         return with_old_names(read(*given, **named))
 
+    fields = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    num_rotated = _rotated(fields, fields.get("rope_parameters") or {})
+    if fields.get("model_type") == "bamba" and num_rotated:
+        from conversion import llama
+
+        llama.LlamaModel.permute = staticmethod(partial(permuted, num_rotated=num_rotated))
     conversion.TextModel.get_vocab_base_pre = get_vocab_base_pre
     conversion.ModelBase.load_hparams = staticmethod(load_hparams)
     sys.argv = [script, "--outfile", file, "--outtype", dtype]

@@ -62,6 +62,7 @@ def merge(
     masks = ZeroMasks(model) if keep_zeros else None
     # Summed in fp32: a small update would vanish in 16 bits before it is added.
     adapted = load_adapter(model.to(torch.float32), checkpoint).eval()
+    require_weights_of_their_own(adapted, checkpoint)
     if is_on_tied_weights(adapted):
         untie(model)
         notes.append(
@@ -148,6 +149,20 @@ def is_on_tied_weights(adapted: PeftModel) -> bool:
     weights = [item.get_base_layer() if isinstance(item, BaseTunerLayer) else item for item in (inside, head)]
     is_tied = weights[0].weight is weights[1].weight
     return is_tied and any(isinstance(item, BaseTunerLayer) for item in (inside, head))
+
+
+def require_weights_of_their_own(adapted: PeftModel, checkpoint: str) -> None:
+    """Raise UserError where adapted layers share one weight, which would get the sum of their changes."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [item.get_base_layer() for item in adapted.modules() if isinstance(item, BaseTunerLayer)]
+    linear = [item for item in layers if isinstance(item, torch.nn.Linear)]
+    if len({id(item.weight) for item in linear}) < len(linear):
+        raise UserError(
+            f"the adapter of {checkpoint} cannot be merged: layers of its base share one weight, and each "
+            "has a change of its own to it.",
+            remedy="Export the adapter without --merge; peft loads it with its base.",
+        )
 
 
 def untie(model: PreTrainedModel) -> None:

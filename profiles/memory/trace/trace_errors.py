@@ -42,6 +42,12 @@ def untraceable(error: Exception, recipe: StepRecipe) -> Untraceable:
         return Untraceable(f"how the step's memory grows with batch and length ({said})")
     for code, flag in ((recipe.loss, "--loss"), (recipe.trainer, "--trainer")):
         where = None if code is None else _last_in_module(frames, code)
+        if code is not None and where is not None and isinstance(error, MemoryError):
+            return Untraceable(
+                f"{flag} {code.name} ({where}: {said}), which takes more RAM than this process may",
+                "Write it with torch's operators: the arrays of other libraries are allocated while it is "
+                "traced, and their memory is not predicted.",
+            )
         if code is not None and where is not None:
             return Untraceable(
                 f"{flag} {code.name} ({where}: {type(error).__name__}: {said})",

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from autosft.profiles.memory.trace.host_memory import bounded
 from autosft.profiles.user_code import UserCode, load
 
 Loss = Callable[[Any, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
@@ -20,7 +21,8 @@ def of_function(code: UserCode) -> Loss:
         outputs = model(
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
         )
-        taken: torch.Tensor = function(outputs, inputs["labels"], num_items_in_batch=num_items)
+        with bounded():
+            taken: torch.Tensor = function(outputs, inputs["labels"], num_items_in_batch=num_items)
         return taken
 
     return loss

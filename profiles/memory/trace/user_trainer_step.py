@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 from autosft.profiles.memory.trace import user_loss
+from autosft.profiles.memory.trace.host_memory import bounded
 from autosft.profiles.recipe import Checkpointing, Precision, StepRecipe
 from autosft.profiles.user_code import load
 
@@ -80,7 +81,7 @@ def _instead_of_trl(
 
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
+        with self.compute_loss_context_manager(), bounded():
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         self.accelerator.backward(loss)
         detached: torch.Tensor = loss.detach()

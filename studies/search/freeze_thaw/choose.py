@@ -5,6 +5,7 @@ Pure: no clock, no file, no randomness.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,14 @@ import numpy as np
 from scipy.special import ndtr
 from threadpoolctl import ThreadpoolController
 
-from autosft.studies.search.freeze_thaw.curves import Curve, Floats, Scale, left_of, points_of
+from autosft.studies.search.freeze_thaw.curves import (
+    Curve,
+    Earlier,
+    Floats,
+    Scale,
+    points_of,
+    points_of_earlier,
+)
 from autosft.studies.search.freeze_thaw.gaussian_process import Posterior, Priors, condition, fit
 
 #: Points that the model is conditioned on; if there are more, curves are thinned to two points each.
@@ -60,7 +68,9 @@ class Choice:
         return self.of_candidate if self.curve is None else self.of_curves[self.curve]
 
 
-def choose(curves: Sequence[Curve], candidates: Candidates, *, priors: Priors) -> Choice | None:
+def choose(
+    curves: Sequence[Curve], candidates: Candidates, *, priors: Priors, earlier: Sequence[Earlier] = ()
+) -> Choice | None:
     """Return what a free slot does next; None if nothing was measured, or there is nothing to choose from.
 
     The worth of a trial is the expected improvement of its predicted end on the best loss that has been
@@ -70,8 +80,14 @@ def choose(curves: Sequence[Curve], candidates: Candidates, *, priors: Priors) -
     """
     if not any(curve.values for curve in curves):
         return None
-    with _threads().limit(limits=1):
-        return _choose(curves, candidates, priors)
+    with limited_threads():
+        return _choose(curves, candidates, priors, earlier)
+
+
+def limited_threads() -> contextlib.AbstractContextManager[object]:
+    """Return a context in which BLAS computes with one thread."""
+    limited: contextlib.AbstractContextManager[object] = _threads().limit(limits=1)
+    return limited
 
 
 @functools.cache
@@ -80,9 +96,11 @@ def _threads() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def _choose(curves: Sequence[Curve], candidates: Candidates, priors: Priors) -> Choice | None:
+def _choose(
+    curves: Sequence[Curve], candidates: Candidates, priors: Priors, earlier: Sequence[Earlier]
+) -> Choice | None:
     scale = Scale.of(curves)
-    model = model_of(curves, priors, scale)
+    model = model_of(curves, priors, scale, earlier)
     paused = [(at, curve) for at, curve in enumerate(curves) if _can_go_on(curve)]
     num_new = len(candidates.features)
     if not paused and not num_new:
@@ -124,19 +142,23 @@ def _choose(curves: Sequence[Curve], candidates: Candidates, priors: Priors) -> 
     )
 
 
-def model_of(curves: Sequence[Curve], priors: Priors, scale: Scale) -> Posterior:
-    """Return the model of what was measured, and of what is being measured now."""
+def model_of(
+    curves: Sequence[Curve], priors: Priors, scale: Scale, earlier: Sequence[Earlier] = ()
+) -> Posterior:
+    """Return the model of what was measured, here and in earlier studies, and of what is being measured."""
     points = points_of(curves, scale)
     if points.number > MAX_CONDITIONED:
         points = points_of(curves, scale, max_points=2)
-    posterior = condition(points, fit(points, priors))
+    if (others := points_of_earlier(earlier)) is not None:
+        points = points.with_more(others)
+    posterior = condition(points, fit(points, priors, [each.likeness for each in earlier]))
     running = [(at, curve) for at, curve in enumerate(curves) if curve.is_running]
     if not running:
         return posterior
     return posterior.with_believed(
         np.array([curve.features for _, curve in running]),
         np.array([at for at, _ in running]),
-        left_of(np.array([curve.next_share or 1.0 for _, curve in running])),
+        scale.left(np.array([curve.next_share or 1.0 for _, curve in running])),
     )
 
 

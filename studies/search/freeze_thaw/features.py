@@ -16,7 +16,8 @@ _RATE, _BATCH, _WARMUP, _SCHEDULE = "learning_rate", "effective_batch_size", "wa
 _MEAN_AFTER_WARMUP = {"constant": 1.0, "constant_with_warmup": 1.0, "inverse_sqrt": 0.7}
 
 #: Decades of the mean rate within which results change: a bowl about one decade wide (Schulman et al. 2025).
-_RATE_LENGTH = Prior(0.7, 0.5)
+
+_RATE_LENGTH = Prior(1.0, 0.6)
 #: In ranges of the setting: most settings matter little over all of their range.
 _OTHER_LENGTH = Prior(2.0, 0.8)
 _CHOICE_LENGTH = Prior(2.0, 0.8)

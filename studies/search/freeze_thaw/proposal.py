@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range, Value
 from autosft.studies.search.freeze_thaw.choose import Candidates, Choice, choose
-from autosft.studies.search.freeze_thaw.curves import Curve
+from autosft.studies.search.freeze_thaw.curves import Curve, Earlier
 from autosft.studies.search.freeze_thaw.features import Features
 from autosft.studies.search.sampling import seed_for
 from autosft.studies.search.settings import SETTINGS
@@ -23,12 +23,24 @@ from autosft.studies.trial import TrialRecord, TrialState
 
 #: Trials that are drawn at random before the model proposes any; queued ones count.
 NUM_STARTUP = 4
+#: The same where earlier studies are known.
+NUM_STARTUP_KNOWN = 2
 #: Settings that are drawn all over the space, and around each of the best trials, to choose a new trial from.
 _NUM_ANYWHERE, _NUM_BEST, _NUM_AROUND = 256, 8, 8
 #: Steps of the settings around a good trial: standard deviations in decades, and in ranges.
 _STEP_DECADES, _STEP_RANGE = 0.15, 0.15
 
 _Parameters = dict[str, Value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlierStudy:
+    """What a search learns from another study of the same metric."""
+
+    name: str
+    likeness: float  # 0..1
+    num_evaluations: int  # of a run
+    trials: tuple[TrialRecord, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +52,7 @@ class Rules:
     minimize: bool
     num_evaluations: int  # of a run, at equal shares of it
     seed: int
+    earlier: tuple[EarlierStudy, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +71,7 @@ def decide_next(
 
     Trials that are neither paused nor over count as running: they will be measured without being chosen.
     """
-    if may_start and len(trials) < NUM_STARTUP:
+    if may_start and len(trials) < (NUM_STARTUP_KNOWN if rules.earlier else NUM_STARTUP):
         return Next(trial=None, parameters=_drawn(rules, trials, 1)[0], choice=None)
     new = _candidates(rules, trials) if may_start else []
     features = Features.over(rules.space.searched())
@@ -69,6 +82,7 @@ def decide_next(
             first_share=1 / rules.num_evaluations,
         ),
         priors=features.priors(),
+        earlier=earlier_curves(rules, features),
     )
     if choice is None:
         return Next(trial=None, parameters=new[0] if new else None, choice=None)
@@ -109,11 +123,29 @@ def curves_of(
     return curves
 
 
+def earlier_curves(rules: Rules, features: Features) -> tuple[Earlier, ...]:
+    """Return the curves of earlier studies; a setting that they did not search is in the middle."""
+    found = []
+    for study in rules.earlier:
+        own = replace(rules, num_evaluations=study.num_evaluations)
+        curves = curves_of(own, study.trials, features=features, paused=())
+        if measured := tuple(curve for curve in curves if curve.values):
+            found.append(Earlier(curves=measured, likeness=study.likeness))
+    return tuple(found)
+
+
 def as_loss(value: float, *, minimize: bool) -> float:
     """Return a positive number that is better the smaller it is; of a share to maximise, what is missing."""
     if minimize:
         return value
     return max(1 - value, 1e-4) if value <= 1 else 1 / value
+
+
+def as_value(loss: float, *, minimize: bool, is_share: bool) -> float:
+    """Return the value of the metric that `as_loss` made a loss of; `is_share` where it is at most 1."""
+    if minimize:
+        return loss
+    return 1 - loss if is_share else 1 / loss
 
 
 # New settings

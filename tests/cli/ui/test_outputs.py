@@ -23,8 +23,16 @@ from autosft.studies.formatting import (
 from autosft.studies.trial import FailureKind, TrialState
 from autosft.studies.wire import from_plain
 from autosft.ui.output import JsonLines, PlainLines, conclusion_facts
-from autosft.ui.progress import Progress, about, memory_text, time_left_s
-from tests.cli.study_script import CONCLUSION, OPENED, measurement, record, study_events, trial_events
+from autosft.ui.progress import Progress, about, describe_forecast, memory_text, predicted_end, time_left_s
+from tests.cli.study_script import (
+    CONCLUSION,
+    OPENED,
+    forecast,
+    measurement,
+    record,
+    study_events,
+    trial_events,
+)
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -342,6 +350,20 @@ WORDS = [
 @pytest.mark.parametrize(("words", "expected"), WORDS)
 def test_words(words, expected):
     assert words == expected
+
+
+def test_what_is_expected_of_a_trial_is_said_with_its_interval_and_a_reason() -> None:
+    going, paused = forecast(3, end=0.41, goes_on=True), forecast(4, end=0.52, goes_on=False)
+    assert predicted_end(going) == "0.4100±0.055"
+    assert predicted_end(None) == ""
+    said = describe_forecast(paused, "eval_loss")
+    assert said.startswith("paused: eval_loss 0.4700 to 0.5800 expected at its end; new settings promise")
+    assert describe_forecast(going, "eval_loss").startswith("goes on: ")
+    stream = io.StringIO()
+    lines = PlainLines(stream)
+    for event in study_events():
+        lines(event)
+    assert "paused: eval_loss" in stream.getvalue()
 
 
 def test_the_script_covers_every_event():

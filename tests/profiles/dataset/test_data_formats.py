@@ -255,7 +255,7 @@ BAD = [
     ),
     Bad(case="messages are no list", fields={"messages": "hello"}, reason="messages is not a list"),
     Bad(case="turn is no object", fields={"messages": [user("a"), "b"]}, reason="a turn is not an object"),
-    Bad(case="number", fields={"text": 5}, reason="content that is not text"),
+    Bad(case="number", fields={"text": 5.5}, reason="content that is not text"),
     Bad(
         case="image",
         fields={"messages": [{"role": "user", "content": [{"type": "image_url"}]}, assistant("b")]},

@@ -281,7 +281,7 @@ REFUSED: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("cut.jsonl.zst", zstd(UTF8)[:-6], ("cut.jsonl.zst cannot be decompressed",)),
     ("wrong.jsonl.zst", UTF8, ("wrong.jsonl.zst cannot be decompressed",)),
     ("wrong.jsonl.xz", UTF8, ("wrong.jsonl.xz cannot be decompressed",)),
-    ("a.zip", UTF8, ("'.zip' is not a kind of file",)),
+    ("a.zip", b"PK\x03\x04", ("'.zip' is not a kind of file",)),
     ("odd.jsonl", b"\xff\xfe" + b"{\x00\x00\xd8\x00\xd8", ("UTF-16",)),
     ("two.csv", b"a,b,a\n1,2,3\n", ("a name of its own",)),
     ("none.csv", b",,\n1,2,3\n", ("a name of its own",)),

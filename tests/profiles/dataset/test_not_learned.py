@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from autosft.profiles.dataset import Split, describe, prepare
 from autosft.profiles.dataset.convert import LeftOut
 from autosft.profiles.dataset.formats import Conversation
 from autosft.profiles.dataset.problems import BadRecord
+from autosft.profiles.dataset.record import Record
+from autosft.profiles.dataset.sources import open_source
 from tests.profiles.dataset.prepared_data import Write, jsonl, rows
 from tests.profiles.dataset.reading import assistant, conversation, convert, gpt, human, user
 
@@ -163,6 +167,14 @@ LEFT_OUT: list[tuple[str, dict[str, Any]]] = [
     ("partition", {"instruction": "a", "output": "b", "partition": "test"}),
     ("data_split", {"messages": [user(), assistant()], "data_split": "Validation"}),
     ("Split", {"text": "a", "Split": "TEST"}),
+    ("is_train", {"messages": [user(), assistant()], "is_train": False}),
+    ("use for training", {"instruction": "a", "output": "b", "use_in_training": "false"}),
+    ("ignore", {"conversations": [human(), gpt()], "ignore": True}),
+    ("skip in a table", {"prompt": "a", "completion": "b", "Skip": "True"}),
+    ("exclude", {"messages": [user(), assistant()], "exclude": True}),
+    ("is_test", {"messages": [user(), assistant()], "is_test": True}),
+    ("is_validation in a table", {"prompt": "a", "completion": "b", "is_validation": "True"}),
+    ("in_test_set", {"text": "a", "in_test_set": 1}),
 ]
 
 
@@ -185,7 +197,79 @@ KEPT: list[dict[str, Any]] = [
     {"prompt": "a", "completion": "b", "split": "hairs"},
     {"prompt": "a", "completion": "b", "subset": "math test prep"},
     {"prompt": "a", "completion": "b", "set": 3},
+    {"messages": [user(), assistant()], "is_train": True},
+    {"messages": [user(), assistant()], "ignore": False, "is_test": False},
+    {"messages": [user(), assistant()], "loss": 0.0},  # measured
+    {"messages": [user(), assistant()], "train_loss": 2.5, "skip": 3},
+    {"messages": [user(), assistant()], "train_on_inputs": False, "mask_history": None},
+    {"prompt": "a", "completion": "b", "train_input": "Monday's", "loss_answers": ["none"]},
+    {"text": "a", "ignore": True},
 ]
+
+CHOSEN: list[tuple[str, Any]] = [
+    ("trainable_turns", [3]),
+    ("train_on_last_only", True),
+    ("mask_history", True),
+    ("train_on_inputs", True),
+    ("loss_on_last_turn", "true"),
+    ("learn-indices", "[1]"),
+    ("mask_prompt", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), CHOSEN)
+def test_columns_that_choose_turns_in_their_own_way_are_refused(name: str, value: Any) -> None:
+    problem = convert({"messages": [user(), assistant(), user("c"), assistant("d")], name: value})
+
+    assert isinstance(problem, BadRecord)
+    assert problem.reason == "a column says what is learned in a way that cannot be followed"
+    assert name in problem.detail
+
+
+WITHIN: list[tuple[dict[str, Any], bool]] = [
+    ({"metadata": {"train": False}}, False),
+    ({"extra": {"weight": 0}}, False),
+    ({"extra": {"ignore": True}}, False),
+    ({"meta": {"is_trained": 0, "source": "x"}}, False),
+    ({"metadata": {"train": True, "skip": False}}, True),
+    ({"metadata": {"weight": 72.5, "loss": 1.3, "train": None}}, True),
+    ({"metadata": {"mood": False}}, True),
+]
+
+
+@pytest.mark.parametrize(("more", "is_learned"), WITHIN, ids=str)
+def test_marks_within_an_object_of_a_turn_count(more: dict[str, Any], is_learned: bool) -> None:
+    example = conversation({"messages": [user(), assistant(**more), user("c"), assistant("d")]})
+
+    assert example.learned == ((1, 3) if is_learned else (3,))
+    assert any("not to be learned" in said for said in example.found) is not is_learned
+
+
+def test_what_pandas_writes_for_a_missing_mark_is_none(write: Write) -> None:
+    turns = [
+        {"role": "user", "content": "a", "weight": float("nan")},
+        {"role": "assistant", "content": "b", "weight": 0.0},
+        {"role": "user", "content": "c", "weight": float("nan")},
+        {"role": "assistant", "content": "d", "weight": float("nan")},
+    ]
+    path = write("a.parquet", b"")
+    pq.write_table(pa.Table.from_pylist([{"messages": turns, "is_train": True}]), path)
+    (record,) = open_source(path).records()
+
+    assert isinstance(record, Record)
+    assert conversation(dict(record.fields), fills_nulls=True).learned == (3,)
+    assert record.fields["is_train"] is True  # such columns are read
+
+
+UNKNOWN_MARKS = ({"loss_on": False}, {"mask_this": True}, {"train_tokens": [1, 2]})
+
+
+@pytest.mark.parametrize("mark", UNKNOWN_MARKS, ids=str)
+def test_keys_that_speak_of_it_and_are_not_known_are_refused(mark: dict[str, Any]) -> None:
+    problem = convert({"messages": [user(), assistant(**mark)]})
+
+    assert isinstance(problem, BadRecord)
+    assert next(iter(mark)) in problem.detail
 
 
 @pytest.mark.parametrize("fields", KEPT, ids=str)

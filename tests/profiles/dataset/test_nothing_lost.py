@@ -65,6 +65,8 @@ TOOLS: list[tuple[str, dict[str, Any]]] = [
     ("Anthropic's", {"tools": [_renamed("input_schema")]}),
     ("Model Context Protocol's", {"tools": json.dumps([_renamed("inputSchema")])}),
     ("Gemini's", {"tools": [{"function_declarations": [TOOL]}]}),
+    ("another name", {"available_tools": [TOOL]}),
+    ("tool definitions", {"tool_definitions": json.dumps([TOOL])}),
     ("Gemini's JSON", {"tools": json.dumps({"functionDeclarations": [TOOL]})}),
 ]
 
@@ -79,6 +81,16 @@ def test_tools_in_the_system_turn_are_listed() -> None:
     system = {"role": "system", "content": "s", "tools": [TOOL]}
 
     assert conversation({"messages": [system, user(), assistant()]}).tools == LISTED
+
+
+def test_tools_that_the_system_turn_lists_in_text_are_not_listed_again() -> None:
+    listed = f"You call functions. <tools>{json.dumps(TOOL)}</tools>"
+    for system, tools in ((listed, ()), ("You call functions: count.", LISTED)):
+        turns = [{"from": "system", "value": system}, human(), gpt()]
+        example = conversation({"conversations": turns, "tools": json.dumps([TOOL])})
+
+        assert example.tools == tools
+        assert any("not listed again" in said for said in example.found) is not bool(tools)
 
 
 CALL = {"name": "count", "arguments": {"shelf": 3}}
@@ -266,6 +278,16 @@ REFUSED = [
         says="a tool without a name",
     ),
     Refused(
+        case="a picture",
+        fields={"messages": [user("<image>What is it?"), assistant()], "images": ["a.png"]},
+        says="turn 1 has <image> for what the column images holds",
+    ),
+    Refused(
+        case="no role",
+        fields={"messages": [{"speaker": "user", "content": "a"}, assistant()]},
+        says="turn 1: its keys are speaker, content",
+    ),
+    Refused(
         case="no content",
         fields={"messages": [user(), {"role": "assistant", "text": "b"}]},
         says="no content",
@@ -304,6 +326,10 @@ SPELLINGS: list[list[dict[str, Any]]] = [
     [{"role": "User", "content": "a"}, {"role": "ASSISTANT", "content": "b"}],
     [{"from": "Human:", "value": "a"}, {"from": "AI", "value": "b"}],
     [{"role": "user", "content": [{"text": "a"}]}, {"role": "bot", "content": "b"}],
+    [{"role": "prompter", "content": "a"}, {"role": "Chatbot", "content": "b"}],
+    [{"human": "a", "assistant": "b"}],
+    [{"user": "a"}, {"assistant": "b"}],
+    [{"system": "", "input": "a", "output": "b"}],
     [
         {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
         {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
@@ -318,6 +344,29 @@ def test_turns_are_read_in_every_spelling(column: str, turns: list[dict[str, Any
     for given in (turns, json.dumps(turns), list(map(json.dumps, turns))):
         example = conversation({column: given})
         assert [message["content"] for message in example.messages] == ["a", "b"]
+
+
+PAIRS: list[dict[str, Any]] = [
+    {"prompt": [user()], "completion": "b"},
+    {"prompt": "a", "completion": [assistant()]},
+]
+
+
+@pytest.mark.parametrize("fields", PAIRS, ids=str)
+def test_text_beside_turns_is_a_turn(fields: dict[str, Any]) -> None:
+    assert conversation(fields).messages == (user(), assistant())
+
+
+NUMBERS: list[dict[str, Any]] = [
+    {"instruction": 6, "output": 0},
+    {"instruction": "", "input": 6, "output": 0},
+    {"messages": [user(6), assistant(0)]},
+]
+
+
+@pytest.mark.parametrize("fields", NUMBERS, ids=str)
+def test_whole_numbers_are_their_digits(fields: dict[str, Any]) -> None:
+    assert [message["content"] for message in conversation(fields).messages] == ["6", "0"]
 
 
 def test_a_struct_of_lists_is_a_list_of_turns() -> None:

@@ -11,6 +11,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from autosft.profiles.dataset import prepare
+from autosft.profiles.dataset.template import chat_template
 from autosft.profiles.dataset.tokenizer import difference, fit_pad, load_tokenizer
 from autosft.profiles.errors import UserError
 from tests.profiles.dataset.small_tokenizer import make_tokenizer
@@ -82,6 +83,53 @@ def test_data_is_prepared_with_the_folders_own(tmp_path: Path) -> None:
     assert any("Qwen2Tokenizer" in note for note in made.notes)
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert difference(Tokenizer.from_file(str(made.tokenizer_dir / "tokenizer.json")), own) is None
+
+
+# Text without tokens
+
+
+def without_bytes(unknown: str | None) -> PreTrainedTokenizerFast:
+    """Knows letters and digits alone; others become the unknown token, or nothing."""
+    letters = ["</s>", *([] if unknown is None else [unknown]), *"abcdefghijklmnopqrstuvwxyz0123456789 ?"]
+    raw = Tokenizer(
+        models.BPE({letter: number for number, letter in enumerate(letters)}, [], unk_token=unknown)
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token=unknown)
+
+
+NOT_KNOWN = [
+    ("bytes", make_tokenizer(), ""),
+    ("unknown", without_bytes("<unk>"), "40 of 320 tokens are <unk>"),
+    ("lost", without_bytes(None), "40 characters are lost"),
+]
+
+
+@pytest.mark.parametrize(("case", "tokenizer", "says"), NOT_KNOWN, ids=[case for case, *_ in NOT_KNOWN])
+def test_text_that_has_no_tokens_is_said(tmp_path: Path, case: str, tokenizer: Any, says: str) -> None:
+    tokenizer.save_pretrained(tmp_path / "m")
+    data = tmp_path / "d.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"q{n:02}?", "completion": "\u00e9 a"}) + "\n" for n in range(40))
+    )
+    made = prepare(str(data), model=str(tmp_path / "m"), cache_dir=tmp_path / "c")
+
+    assert says in "\n".join(made.notes), case
+    assert bool(made.notes) is bool(says)
+
+
+def test_named_templates_without_a_default_are_refused_by_name(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template="{% for m in messages %}{{ m.content }}</s>{% endfor %}")
+    tokenizer.chat_template = {"rag": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    with pytest.raises(UserError, match=r"'rag', 'tool_use'"):
+        chat_template(tokenizer, "m")
+
+
+def test_a_tokenizer_that_git_lfs_has_not_fetched_is_said_to_be_one(tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n")
+    with pytest.raises(UserError, match="git lfs") as error:
+        load_tokenizer(str(tmp_path))
+    assert error.value.remedy == "Fetch it: git lfs pull"
 
 
 # Padding

@@ -15,6 +15,7 @@ from autosft.profiles.model.adapters import (
     REFUSED,
     chosen,
     describe_start,
+    holds_adapter_in_fp32,
     peft_config,
     unused_settings,
 )
@@ -187,3 +188,9 @@ def test_an_adapter_on_the_output_head_is_refused_by_its_name() -> None:
     lora = AdapterSettings(rank=4, alpha=8, targets=("q_proj", "lm_head"))
     with pytest.raises(UserError, match="--lora-targets lm_head"):
         num_trained(CONFIG, lora, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("precision", Precision)
+def test_adapters_are_fp32_except_on_4_bit_weights_in_a_bf16_study(precision: Precision) -> None:
+    assert holds_adapter_in_fp32(Method.LORA, precision)
+    assert holds_adapter_in_fp32(Method.QLORA, precision) is not precision.has_bf16_weights

@@ -59,6 +59,19 @@ def test_the_manifest_is_a_ray_cluster_with_a_token() -> None:
         assert {mount["name"] for mount in mounts} == {volume["name"] for volume in volumes}
 
 
+def test_the_policy_lets_the_clusters_pods_and_the_operator_connect_and_nobody_else() -> None:
+    cluster = yaml.safe_load((ROOT / "deploy" / "kuberay.yaml").read_text())
+    policy = yaml.safe_load((ROOT / "deploy" / "kuberay-network.yaml").read_text())
+    assert (policy["apiVersion"], policy["kind"]) == ("networking.k8s.io/v1", "NetworkPolicy")
+    pods = {"matchLabels": {"ray.io/cluster": cluster["metadata"]["name"]}}  # a label of KubeRay's
+    assert policy["spec"]["podSelector"] == pods
+    assert policy["spec"]["policyTypes"] == ["Ingress"]
+    ours, operator = policy["spec"]["ingress"]
+    assert ours == {"from": [{"podSelector": pods}]}
+    assert operator["ports"] == [{"protocol": "TCP", "port": 8265}]
+    assert all("podSelector" in peer for peer in operator["from"]), "a namespace alone is everybody in it"
+
+
 def test_the_manifest_runs_the_ray_that_is_tested() -> None:
     manifest = yaml.safe_load((ROOT / "deploy" / "kuberay.yaml").read_text())
     pinned = (ROOT / "constraints.txt").read_text()

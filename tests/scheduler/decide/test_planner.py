@@ -24,7 +24,9 @@ from autosft.scheduler.decide.planner import (
     StepSpeed,
     divisors,
     gang_sizes,
+    is_known_to_fit,
     plan,
+    recipe_for,
     ways_to_run,
 )
 from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
@@ -75,6 +77,76 @@ CASES = [
     ("checkpointing when a larger micro batch pays for it", 10, 8, Checkpointing.NON_REENTRANT),
     ("the largest that fits", 7, 4, Checkpointing.NON_REENTRANT),
 ]
+
+
+REASONS = [
+    (80, {}, "micro batch 8: larger ones are predicted to be no more than 3 % faster."),
+    (80, {"batch": 8}, "micro batch 8 is the whole effective batch."),
+    (80, {"num_devices": 2}, "micro batch 8 on each of 2 devices is the whole effective batch."),
+    (
+        7,
+        {},
+        "micro batch 4 with activation checkpointing is the fastest that fits: "
+        "micro batch 8 would need 7.5 GiB of 7.0 GiB.",
+    ),
+    (
+        10,
+        {},
+        "micro batch 8 with activation checkpointing is the fastest that fits: "
+        "micro batch 8 without it would need 13.5 GiB of 10.0 GiB.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("budget", "given", "reason"), REASONS)
+def test_a_plan_says_why(budget: float, given: dict[str, int], reason: str) -> None:
+    assert planned(budget, **given).reason == reason
+
+
+def test_what_takes_exactly_the_budget_fits() -> None:
+    estimate = memory_estimate()
+    assert is_known_to_fit(estimate, estimate.total_bytes)
+    assert not is_known_to_fit(estimate, estimate.total_bytes - 1)
+
+
+@pytest.mark.parametrize(
+    ("slower", "micro_batch"), [(1.0, 4), (0.98, 4), (0.96, 8)], ids=["as fast", "nearly", "slower"]
+)
+def test_among_those_that_are_nearly_as_fast_the_smallest_is_taken(slower: float, micro_batch: int) -> None:
+    """3 % is worth no memory; 4 % is."""
+
+    def by_rows(recipe: StepRecipe, rows: int, *_: object) -> StepSpeed:
+        is_plain = recipe.checkpointing is Checkpointing.OFF
+        rate = {4: 1000.0 * slower, 8: 1000.0}.get(rows, 1.0) if is_plain else 1.0
+        return StepSpeed(tokens_per_s=rate, run_s=1.0)
+
+    chosen = plan(
+        settings(effective_batch_size=16, seq_len=1024),
+        PINNED,
+        Room(device=gpu(), budget_bytes=80 * GIB),
+        Costs(memory=memory, speed=by_rows),
+    )
+    assert chosen.micro_batch == micro_batch
+
+
+def test_one_device_shards_nothing() -> None:
+    """Even where several could."""
+    ways = list(ways_to_run(settings(effective_batch_size=4), PINNED))
+    assert {(recipe.sharding, recipe.data_parallel) for recipe, _ in ways} == {(Sharding.NONE, 1)}
+    assert {(recipe.gradient_accumulation, rows) for recipe, rows in ways} == {(4, 1), (2, 2), (1, 4)}
+
+
+@pytest.mark.parametrize("padding_free", [True, False])
+@pytest.mark.parametrize(("pinned_rows", "rows"), [(4, 4), (0, None)])
+def test_a_recipe_is_that_of_the_settings(padding_free: bool, pinned_rows: int, rows: int | None) -> None:
+    """An order matters to rows without padding alone; 0 is an evaluation batch that was not pinned."""
+    pinned = replace(PINNED, padding_free=padding_free, eval_micro_batch=pinned_rows)
+    given = settings()
+    recipe = recipe_for(given, pinned, Checkpointing.NON_REENTRANT, 3)
+    assert recipe.order == (given.order if padding_free else None)
+    assert recipe.eval_micro_batch == rows
+    assert recipe.sorts_steps
+    assert (recipe.checkpointing, recipe.gradient_accumulation) == (Checkpointing.NON_REENTRANT, 3)
 
 
 @pytest.mark.parametrize(("name", "budget", "micro_batch", "checkpointing"), CASES, ids=str)

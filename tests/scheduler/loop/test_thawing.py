@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from autosft.scheduler.decide.pruning import PruningRule
+from autosft.scheduler.events import TrialForecast
 from autosft.scheduler.loop import launch
 from autosft.scheduler.loop.state import Loop
+from autosft.studies.search.freeze_thaw.proposal import NUM_STARTUP
 from autosft.studies.search.space import default_parameters
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import StopReason, TrialJob, TrialRecord, TrialState
@@ -119,6 +121,20 @@ def test_a_trial_that_diverges_ends_and_the_search_goes_on(database: Path, tmp_p
         best = min(records.trials(), key=lambda trial: trial.value or math.inf)
         assert best.settings.learning_rate <= 8e-4
         assert best.state is TrialState.COMPLETED
+
+
+def test_people_are_told_why_a_trial_is_paused_or_gone_on_with(database: Path, tmp_path: Path) -> None:
+    with opened(database) as records:
+        begin(records)
+        _, watcher = tune(study_run(tmp_path, num_trials=NUM_TRIALS, rule=RULE), records, script)
+        paused = {trial.number for trial in records.trials() if trial.state is TrialState.STOPPED}
+    told = [event for event in watcher.of(TrialForecast) if isinstance(event, TrialForecast)]
+    assert paused - set(range(NUM_STARTUP)) <= {event.trial for event in told if not event.goes_on}
+    assert any(event.goes_on for event in told)
+    assert all(event.low < event.end < event.high and event.reason for event in told)
+    assert all("promise" in event.reason or "noise" in event.reason for event in told)
+    best = [event for event in told if event.goes_on and event.reason == "it promises most per token"]
+    assert best, "some are the best there is"
 
 
 def test_a_full_disk_ends_the_paused_trial_that_promises_least(

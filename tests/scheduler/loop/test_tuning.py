@@ -15,14 +15,17 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.scheduler.decide.no_result import why_no_result
 from autosft.scheduler.events import Note, TrialStarted, Waiting
 from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
 from autosft.scheduler.loop.tuning import run_study
 from autosft.scheduler.setup.learned import learned_so_far
+from autosft.scheduler.study_run import Slots
 from autosft.studies.search.dimensions import Fixed
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import DEFAULT_ORIGIN, FailureKind, StopReason, TrialJob, TrialState
+from tests.scheduler.devices import GIB, gpu
 from tests.scheduler.study_loop import GOOD, LOSSES, FakeLeases, Watcher, opened, states, study_run, tune
 from tests.studies.study_examples import driver, space, spec
 from tests.workers.fake_runner import FakeRunner
@@ -126,6 +129,25 @@ def test_out_of_memory_is_replanned_smaller_and_learned(database: Path, tmp_path
         assert needs == sorted(set(needs), reverse=True)
         assert [job.attempt for job in runner.started] == list(range(1, len(needs) + 1))
         assert states(records) == {TrialState.COMPLETED: 1}
+
+
+@pytest.mark.parametrize(("kind", "is_smaller"), [(DeviceKind.CPU, True), (DeviceKind.CUDA, False)])
+def test_a_trial_that_the_kernel_killed_although_alone_is_replanned_smaller(
+    kind: DeviceKind, is_smaller: bool, database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In RAM, where it trains; what a GPU's trial takes of RAM does not depend on its rows."""
+    monkeypatch.setitem(FAILURES, Fault.LOST, FailureKind.HOST_OUT_OF_MEMORY)
+
+    def script(job: TrialJob) -> Script:
+        return dataclasses.replace(GOOD, fault=Fault.LOST) if job.attempt == 1 else GOOD
+
+    device = dataclasses.replace(gpu(free_bytes=80 * GIB), kind=kind, total_bytes=80 * GIB, context_bytes=0)
+    slots = (Slots(device=device, num_slots=1, num_threads=1),)
+    with opened(database) as records:
+        runner, _ = tune(study_run(tmp_path, num_trials=1, slots=slots), records, script)
+        assert states(records) == {TrialState.COMPLETED: 1}
+    first, second = (job.plan.micro_batch for job in runner.started)
+    assert (second < first) == is_smaller
 
 
 def test_a_trial_that_fits_nowhere_is_infeasible_and_counts(database: Path, tmp_path: Path) -> None:

@@ -41,6 +41,8 @@ WRITTEN: dict[str, tuple[str, object, Dimension]] = {
     "list on the command line": ("effective_batch_size", "16, 32", Choices(values=(16, 32))),
     "list of one": ("effective_batch_size", [16], Fixed(value=16)),
     "twice the same": ("effective_batch_size", [16, "16", 16.0], Fixed(value=16)),
+    "choices with zero": ("weight_decay", "0, 1", Choices(values=(0.0, 1.0))),
+    "choices from zero": ("weight_decay", "0,0.1", Choices(values=(0.0, 0.1))),
     "rounds": ("max_rounds", "4, 6", Choices(values=(4, 6))),
     "text": ("lr_scheduler", "cosine", Fixed(value="cosine")),
     "texts": ("lr_scheduler", "cosine, linear", Choices(values=("cosine", "linear"))),
@@ -78,6 +80,9 @@ WRONG: dict[str, tuple[str, object, str]] = {
     "range of texts": ("lr_scheduler", "cosine..linear", "takes a list of choices"),
     "unknown scheduler": ("lr_scheduler", "cosinus", "'cosinus' is not known"),
     "unknown method": ("method", "lorra", "One of: full, lora, qlora, sparse"),
+    "a comma of thousands": ("seq_len", "2,048", 'Write 2048, or, for choices, "2, 048"'),
+    "a decimal comma": ("weight_decay", "0,1", 'Write 0.1, or, for choices, "0, 1"'),
+    "a small number with a comma": ("learning_rate", "0,0003", "Write 0.0003"),
     "nothing": ("effective_batch_size", [], "the list of choices is empty"),
 }
 

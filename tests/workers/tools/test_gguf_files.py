@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from autosft.profiles.errors import UserError
 from autosft.workers.tools import gguf_converter, gguf_engine
 from autosft.workers.tools.export_gguf import family, require_family
 from autosft.workers.tools.gguf_compare import Comparison
-from autosft.workers.tools.gguf_conversion import way_to_split, with_old_names
+from autosft.workers.tools.gguf_conversion import permuted, way_to_split, with_old_names
 from autosft.workers.tools.tiny_twin import first_layers
 from tests.sampling import sample_of
 from tests.workers.tools.tiny_tokenizers import CHATML, byte_level_tokenizer, sentencepiece_tokenizer
@@ -118,6 +119,14 @@ CASES = [
         said="probabilities differ",
     ),
     Case(
+        name="Bamba, which rotates half of a head",
+        config={
+            "model_type": "bamba", "architectures": ["BambaForCausalLM"], "attn_layer_indices": [1],
+            "mamba_n_groups": 1, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8,
+            "mamba_chunk_size": 16,
+        },
+    ),
+    Case(
         name="a template that prints a dict",
         template=CHATML + "{% if tools %}{{ tools[0] }}{% endif %}",
         said="tools is rendered otherwise",
@@ -140,6 +149,7 @@ SAMPLE = {
     "YaRN with an attention factor",
     "Mistral's sliding window",
     "Qwen 3 MoE",
+    "Bamba, which rotates half of a head",
     "a template that prints a dict",
     "GPT-2",
 }
@@ -262,6 +272,15 @@ WAYS = {
     "another": ({"type": "Whitespace"}, None),
     "none": (None, None),
 }
+
+
+@pytest.mark.parametrize("num_kv_heads", [None, 2])
+def test_only_rotated_values_of_a_head_change_their_places(num_kv_heads: int | None) -> None:
+    num_heads = 4 if num_kv_heads is None else num_kv_heads
+    weights = torch.arange(num_heads * 8.0).unsqueeze(1)  # of heads of 8, of which 4 are rotated
+    found = permuted(weights, 4, num_kv_heads, num_rotated=4).reshape(num_heads, 8)
+    for head in range(num_heads):
+        assert (found[head] - 8 * head).tolist() == [0, 2, 1, 3, 4, 5, 6, 7]
 
 
 @pytest.mark.parametrize("name", WAYS)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from autosft.studies.search.freeze_thaw.choose import Candidates, Choice, choose
-from autosft.studies.search.freeze_thaw.curves import Curve, Scale
+from autosft.studies.search.freeze_thaw.curves import Curve, Earlier, Scale
 from autosft.studies.search.freeze_thaw.gaussian_process import Prior, Priors
 
 PRIORS = Priors(lengths=(Prior(0.7, 0.5),))
@@ -110,6 +110,51 @@ def test_the_curves_that_cross_are_told_by_those_that_ended() -> None:
     assert early[0].values > early[1].values
     assert found.of_curves[10].end < found.of_curves[11].end
     assert found.curve == 10
+
+
+# Earlier studies
+
+NEW_RATES = tuple(np.linspace(-4.9, -2.1, 15))
+
+
+def earlier(*, best_rate: float, likeness: float = 0.9) -> Earlier:
+    """Another study of the same bowl, or of one elsewhere; its losses are on another level."""
+    moved = [rate + BEST_RATE - best_rate for rate in np.linspace(-5, -2, 12)]
+    return Earlier(
+        curves=tuple(
+            replace(curve(at, rate, upto=4), features=(rate - BEST_RATE + best_rate,))
+            for at, rate in enumerate(moved)
+        ),
+        likeness=likeness,
+    )
+
+
+def first_new_rate(curves: Sequence[Curve], *known: Earlier) -> float:
+    candidates = Candidates(features=np.array(NEW_RATES).reshape(-1, 1), first_share=0.25)
+    found = choose(curves, candidates, priors=PRIORS, earlier=known)
+    assert found is not None
+    assert found.candidate is not None
+    return NEW_RATES[found.candidate]
+
+
+def test_an_earlier_study_says_where_to_begin() -> None:
+    default = [curve(0, -4.6, upto=4)]
+    assert abs(first_new_rate(default, earlier(best_rate=BEST_RATE)) - BEST_RATE) < 0.3
+    assert abs(first_new_rate(default, earlier(best_rate=-4.0)) + 4.0) < 0.3, "it is believed at first"
+
+
+def test_an_earlier_study_that_misleads_is_soon_not_believed() -> None:
+    """What this study has measured says that the bowl is elsewhere."""
+    curves = [curve(at, rate, upto=4) for at, rate in enumerate((-4.8, -4.4, -4.0, -3.6, -2.4))]
+    misled = first_new_rate(curves, earlier(best_rate=-4.7))
+    assert abs(misled - first_new_rate(curves)) < 0.25
+    assert abs(misled - BEST_RATE) < 0.4
+
+
+def test_an_earlier_study_without_results_changes_nothing() -> None:
+    curves = [curve(at, rate, upto=1 + at % 4) for at, rate in enumerate(RATES)]
+    diverged = Earlier(curves=(replace(curve(0, -3.0, upto=1), values=(math.nan,)),), likeness=0.9)
+    assert first_new_rate(curves, diverged) == pytest.approx(first_new_rate(curves), abs=0.5)
 
 
 def test_equal_records_give_equal_choices() -> None:
