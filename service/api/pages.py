@@ -124,9 +124,13 @@ def read_figures(item_id: models.Id, service: The, user: Asking) -> Response:
     from autosft.studies.report import report_of
     from autosft.studies.report.figures import learning_curves
 
-    study = study_of(service, item_of(service, user, item_id))
+    item = item_of(service, user, item_id)
+    try:
+        study = study_of(service, item)
+    except HTTPException:
+        return Response(status_code=204)
     if not any(trial.measurements for trial in study.trials()):
-        raise HTTPException(404, "Nothing has been measured yet.")
+        return Response(status_code=204)
     figure = learning_curves(report_of(study, database=service.records.url, now=service.clock()))
     return JSONResponse({"data": figure.data, "layout": figure.layout, "caption": figure.caption})
 

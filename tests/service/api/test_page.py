@@ -53,7 +53,10 @@ def filled(service: Service) -> int:
     numbers = [by.post("/studies", json={"name": name}).json()["id"] for name in names]
     by.post(f"/studies/{numbers[2]}/hold", json={"note": SCRIPT})
     service.hosts = hosts
-    run(service, service.queue.get(numbers[0]))
+    running = run(service, service.queue.get(numbers[0]))
+    log = service.log_of(running)
+    assert log is not None
+    log.write_text("trial 0 starts\n")
     example_study(service.records, service.limits.outputs / "root")
     use = DeviceUse(
         device=dataclasses.replace(device(0), name="NVIDIA A100-SXM4-80GB"),
@@ -91,6 +94,10 @@ def test_nobody_known_is_sent_to_sign_in(tmp_path: Path) -> None:
         assert (answer.status_code, answer.headers["location"]) == (303, "/login")
 
 
+#: Its script has begun.
+READY = "document.querySelector('form button')?.disabled === false"
+
+
 async def look(page: Page, base: str, item: int) -> None:
     for path in ("/", f"/page/items/{item}", "/page/new", f"/page/items/{item}/trials/0"):
         for width, dark in ((400, False), (400, True), (1200, False)):
@@ -101,7 +108,7 @@ async def look(page: Page, base: str, item: int) -> None:
             assert (sum(map(int, ground[4:-1].split(","))) < 150) is dark, ground
     await page.open(f"{base}/page/items/{item}")
     await page.until("document.querySelectorAll('#curves .trace').length >= 2")  # drawn
-    await page.until("document.querySelector('[data-log]').textContent.includes('nothing')")
+    await page.until("document.querySelector('[data-log]').textContent.includes('trial 0 starts')")
     await page.open(f"{base}/page/items/{item}/trials/0")
     await page.until("document.querySelector('[data-log]').textContent.includes('step 2')")
     assert page.errors == []
@@ -110,17 +117,19 @@ async def look(page: Page, base: str, item: int) -> None:
 async def use(page: Page, base: str, service: Service) -> None:
     await page.open(base)
     waiting = service.queue.items()[1]
+    await page.until("document.readyState === 'complete'")
     await page.value(f"document.querySelector('[data-post=\"/studies/{waiting.id}/hold\"]').click()")
     await page.until(f"!!document.querySelector('[data-post=\"/studies/{waiting.id}/release\"]')")
     assert service.queue.get(waiting.id).state.value == "held"
     service.hub.tell("queue", None, {"length": 0})  # what somebody else does comes in by itself
     await page.open(f"{base}/page/new")
+    await page.until(READY)
     script = "document.querySelector('[name=lines]').value = 'trials = 5\\nlearning_rate = 1e-4'"
     await page.value(f"{script}; document.querySelector('form button').click()")
     await page.until("location.pathname.startsWith('/page/items/')")
     made = service.queue.items()[-1]
     assert dict(made.arguments.flags)["--learning-rate"] == "1e-4"
-    await page.until("!!document.querySelector('#clone textarea')")
+    await page.until(READY)
     script = "document.querySelector('#clone textarea').value = 'learning_rate = 2e-4\\nwarmup_ratio = 0.1'"
     await page.value(f"{script}; document.querySelector('#clone form button').click()")
     await page.until(f"!location.pathname.endsWith('/{made.id}')")
@@ -129,6 +138,7 @@ async def use(page: Page, base: str, service: Service) -> None:
     assert (flags["--learning-rate"], flags["--warmup-ratio"], "--trials" in flags) == ("2e-4", "0.1", False)
     assert clone.cloned_from == made.id
     await page.open(f"{base}/page/new")
+    await page.until(READY)
     await page.value("document.querySelector('[name=lines]').value = 'learning_rat = 1'")
     await page.value("document.querySelector('form button').click()")
     await page.until("document.getElementById('problem').textContent.includes('Did you mean learning_rate?')")
@@ -137,6 +147,7 @@ async def use(page: Page, base: str, service: Service) -> None:
 async def sign_in(page: Page, base: str, token: str) -> None:
     await page.open(base)
     assert await page.value("location.pathname") == "/login"
+    await page.until(READY)
     await page.value(f"document.querySelector('[name=token]').value = '{token}'")
     await page.value("document.querySelector('form button').click()")
     await page.until("location.pathname === '/' && document.readyState === 'complete'")
