@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ class FreezeThaw:
     ) -> None:
         self.table, self.seed, self.pauses, self.earlier = table, seed, pauses, earlier
         self.features = Features.over(table.dimensions)
+        self.places = [unit(table.dimensions, row.parameters) for row in table.rows]
         self.priors = self.features.priors()
         self.of_rows = np.array([self.features.of(row.parameters) for row in table.rows])
         self.first = float(np.median([row.runs[0].shares[0] for row in table.rows]))
@@ -46,6 +47,8 @@ class FreezeThaw:
         rows = [row for row in range(len(self.table.rows)) if row not in taken]
         if len(rows) > 400:
             rows = sorted(random.Random(seed_for(self.seed, len(trials))).sample(rows, 400))
+        if (neighbour := neighbour_of_default(self.table, self.places, trials)) is not None:
+            return Start(neighbour)
         if len(trials) < (NUM_STARTUP_KNOWN if self.earlier else NUM_STARTUP) and rows:
             return Start(random.Random(seed_for(self.seed, len(trials))).choice(rows))
         choice = self.choice(trials, rows)
@@ -244,12 +247,7 @@ class Today(Optuna):
         import optuna
 
         number, seed = len(trials), seed_for(self.seed, len(trials))
-        if number in (1, 2) and "learning_rate" in self.table.dimensions:
-            rates = self.table.dimensions["learning_rate"]
-            default = self.table.rows[trials[0].row].parameters
-            rate = rates.nearest(float(default["learning_rate"]) * (3 if number == 1 else 1 / 3))  # type: ignore[arg-type]
-            place = unit(self.table.dimensions, {**default, "learning_rate": rate})
-            row = nearest(place, self.places, without={trial.row for trial in trials})
+        if (row := neighbour_of_default(self.table, self.places, trials)) is not None:
             if not self.trials:
                 self._begin(0, trials[0].row, set())
             return Start(self._begin(number, row, set()))
@@ -293,6 +291,19 @@ class Today(Optuna):
         else:
             self.study.tell(told, state=optuna.trial.TrialState.PRUNED)
         return False
+
+
+def neighbour_of_default(
+    table: Table, places: Sequence[Sequence[float]], trials: Sequence[Trial]
+) -> int | None:
+    """Return what a study tries right after the default: three times and a third of its learning rate."""
+    if len(trials) not in (1, 2) or "learning_rate" not in table.dimensions:
+        return None
+    default = table.rows[trials[0].row].parameters
+    wanted = float(default["learning_rate"]) * (3 if len(trials) == 1 else 1 / 3)
+    rate = table.dimensions["learning_rate"].nearest(wanted)  # type: ignore[arg-type]
+    place = unit(table.dimensions, {**default, "learning_rate": rate})
+    return nearest(place, places, without={trial.row for trial in trials})
 
 
 def distributions(table: Table) -> dict[str, optuna.distributions.BaseDistribution]:

@@ -63,7 +63,7 @@ class GoingOn:
     """What more search promises: the expected improvement of the most promising new settings."""
 
     gain: float  # in log loss
-    noise: float  # standard deviation of an evaluation, in log loss
+    noise: float  # standard deviation between seeds, as far as the model knows it, in log loss
 
     @property
     def is_worth_it(self) -> bool:
@@ -182,7 +182,7 @@ def _going_on(rules: Rules, trials: Sequence[TrialRecord]) -> GoingOn | None:
     choice = decide_next(rules, trials, paused=(), may_start=True).choice
     if choice is None or choice.of_candidate is None:
         return None
-    return GoingOn(gain=choice.of_candidate.gain, noise=choice.noise)
+    return GoingOn(gain=choice.of_candidate.gain, noise=choice.seed_noise)
 
 
 # Text
@@ -195,8 +195,8 @@ def describe_going_on(going_on: GoingOn | None) -> str:
     gain, noise = (f"{100 * math.expm1(each):.2g} %" for each in (going_on.gain, going_on.noise))
     promise = f"the most promising new settings are expected to lower the loss by {gain}"
     if going_on.is_worth_it:
-        return f"worth it: {promise}, and the noise of an evaluation is {noise}"
-    return f"not worth it: {promise}, within the noise of an evaluation, {noise}"
+        return f"worth it: {promise}, and the noise between seeds is {noise}"
+    return f"not worth it: {promise}, within the noise between seeds, {noise}"
 
 
 def effect_rows(effects: Sequence[Effect]) -> list[tuple[str, str, str, str]]:

@@ -61,6 +61,7 @@ class Choice:
     of_curves: Mapping[int, Worth]
     of_candidate: Worth | None
     noise: float  # standard deviation of an evaluation, in log loss
+    seed_noise: float  # of runs with the same settings and other seeds
 
     @property
     def worth(self) -> Worth | None:
@@ -139,6 +140,7 @@ def _choose(
         of_curves={curve.key: worth(at) for at, (_, curve) in enumerate(paused)},
         of_candidate=None if new is None else worth(new),
         noise=scale.gain(model.parameters.noise**0.5),
+        seed_noise=scale.gain((model.parameters.noise + model.parameters.trial) ** 0.5),
     )
 
 

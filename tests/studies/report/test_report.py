@@ -17,6 +17,7 @@ from autosft.studies.report.facts import in_one_line, sentences
 from autosft.studies.report.figures import pareto
 from autosft.studies.report.plotting import log_ticks
 from autosft.studies.report.time_line import time_line
+from autosft.studies.results.outlook import Effect, GoingOn, Outlook, PredictedEnd
 from autosft.studies.results.over_untuned import OverUntuned
 from autosft.studies.results.paired import PairedDifference
 from autosft.studies.search.importance import MIN_RESULTS, importances
@@ -47,6 +48,31 @@ def test_a_study_of_any_size_has_a_report(case: str) -> None:
     assert all(len(row) == len(data["table"]["columns"]) for row in data["table"]["rows"])
     for name in data["figures"]:
         assert f'id="{name}"' in page, "a figure without a place on the page"
+
+
+def test_what_the_curves_say_is_on_the_page() -> None:
+    report = made_up_report(12)
+    stopped = next(trial for trial in report.trials if trial.state is TrialState.STOPPED)
+    outlook = Outlook(
+        effects=(
+            Effect(name="learning_rate", best=3e-4, worst=1e-2, worse=0.4, low=0.2, high=0.7),
+            Effect(name="weight_decay", best=0.0, worst=0.1, worse=0.01, low=-0.02, high=0.04),
+        ),
+        ends=((stopped.number, PredictedEnd(end=1.2, low=1.1, high=1.4)),),
+        going_on=GoingOn(gain=0.001, noise=0.004),
+    )
+    report = dataclasses.replace(report, outlook=outlook)
+    page = render(report)
+    assert "<td>learning rate</td>" in page
+    assert "40 % (20 to 70)" in page
+    assert "none seen (-2 to 4 %)" in page
+    [ends] = [
+        line for line in data_of(page)["figures"]["curves"]["data"] if line.get("name") == "predicted ends"
+    ]
+    assert ends["y"] == [1.2]
+    assert ends["error_y"]["array"] == pytest.approx([0.2])
+    assert ends["error_y"]["arrayminus"] == pytest.approx([0.1])
+    assert any("Going on is not worth it" in sentence for sentence in sentences(report))
 
 
 @pytest.mark.slow
