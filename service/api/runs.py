@@ -109,7 +109,7 @@ def read_report(item_id: models.Id, service: The, user: Asking) -> HTMLResponse:
     return HTMLResponse(page, headers={"Content-Security-Policy": f"{policy}; sandbox allow-scripts"})
 
 
-_YAML = {"content": {"application/yaml": {"schema": {"type": "object"}}}}
+_YAML: dict[str, Any] = {"content": {"application/yaml": {"schema": {"type": "object"}}}}
 
 
 @router.get("/studies/{item_id}/export", response_class=Response, responses={200: _YAML})
