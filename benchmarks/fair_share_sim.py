@@ -455,8 +455,8 @@ def forecasts(seed: int) -> dict[str, Any]:
     }
 
 
-def utilisation(seed: int, num_gpus: int = 512) -> list[dict[str, Any]]:
-    """A standing queue of 1,000 items on 512 GPUs for six hours."""
+def utilisation(seed: int, *, num_gpus: int = 512, until: float = 3 * HOUR_S) -> list[dict[str, Any]]:
+    """A standing queue of 1,000 items on 512 GPUs for three hours."""
     results = []
     for name, kinds, parts in (
         ("mixed", ("80 GB",), MIXED),
@@ -465,11 +465,10 @@ def utilisation(seed: int, num_gpus: int = 512) -> list[dict[str, Any]]:
         cluster = Cluster(MemoryQueue(), devices(num_gpus, kinds))
         replay = Replay(cluster.queue, cluster)
         draw = Draw(random.Random(seed), kinds)
-        until = DAY_S / 4
         while cluster.now < until:
             while cluster.queue.num_queued() < 1000:
                 replay.submit(draw.item(draw.rng.choice(["ann", "bob", "eve"]), parts))
-            replay.step(until, quantum_s=15.0)
+            replay.step(until, quantum_s=30.0)
         for job in cluster.jobs.values():
             if not job.is_over:
                 cluster.advance_job(job)

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: How often the picture is made, memory measured; how old a look of the loop may be.
 EVERY_S, MEASURE_S, ALIVE_S = 0.5, 5.0, 120.0
+#: What comes in together is looked at together: a long queue takes the loop a tenth of a second.
+WAKE_S = 1.0
 MAX_EVENTS = 1000
 
 
@@ -49,18 +51,23 @@ class LiveBoard:
         self._queue, self._loop, self._clock = queue, loop, clock
         self._uses = uses
         self._publish: list[Callable[[Board], None]] = []
+        self._measured: list[Callable[[Collection[Item]], None]] = []
         self._board, self.is_draining = Board(), False
         self._view: View | None = None
         self._items: dict[int, Item] = {}
         self._touched: dict[int, float] = {}
         self._event, self._measured_at = 0, float("-inf")
         self._devices: tuple[DeviceUse, ...] = ()
-        self._looked_at = float("-inf")
+        self._looked_at = self._woken_at = float("-inf")
         self._due, self._is_over = threading.Event(), threading.Event()
 
     def listen(self, publish: Callable[[Board], None]) -> None:
         """Have each new picture handed on."""
         self._publish.append(publish)
+
+    def measure_also(self, look: Callable[[Collection[Item]], None]) -> None:
+        """Have what runs looked at whenever memory is measured."""
+        self._measured.append(look)
 
     def uses(self) -> tuple[DeviceUse, ...]:
         """Return the devices with what is known to run on them, measured now."""
@@ -72,8 +79,11 @@ class LiveBoard:
         return self._board
 
     def wake(self) -> None:
-        """Have the loop look at the queue, and the picture made again."""
-        self._loop.wake()
+        """Have the loop look at the queue, and the picture made again, both soon."""
+        now = self._clock()
+        if now - self._woken_at >= WAKE_S:  # else it looks by itself within that time
+            self._woken_at = now
+            self._loop.wake()
         self._due.set()
 
     def is_alive(self) -> bool:
@@ -98,7 +108,7 @@ class LiveBoard:
                 logger.exception("The picture of the queue could not be made; it is tried again.")
             self._due.wait(EVERY_S)
             self._due.clear()
-            self._is_over.wait(0.05)  # what comes in together is read together
+            self._is_over.wait(EVERY_S)
 
     def end(self) -> None:
         self._is_over.set()
@@ -159,6 +169,8 @@ class LiveBoard:
             return False
         self._measured_at = now
         before, self._devices = self._devices, self.uses()
+        for look in self._measured:
+            look([item for item in self._items.values() if item.is_placed])
         return self._devices != before
 
     def _forget(self) -> None:

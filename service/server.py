@@ -7,7 +7,7 @@ import getpass
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from autosft.service.requests.limits import Limits
 from autosft.service.requests.planner import Planner
 from autosft.service.store.queue_store import open_queue
 from autosft.service.store.server_lease import ServedElsewhereError
+from autosft.service.trial_events import TrialWatch
 from autosft.service.values import Device, Item, ItemState, Role, User
 from autosft.studies.store.records import open_records
 from autosft.studies.values import Driver
@@ -220,6 +221,13 @@ def open_server(settings: Settings, command_line: CommandLine, *, dashboard: Any
             dashboard=dashboard,
         )
         live.listen(service.hub.publish)
+        watch = TrialWatch(records.trial_states)
+
+        def tell_trials(placed: Collection[Item]) -> None:
+            for owner, data in watch.look(placed):
+                service.hub.tell("trial", owner, data)
+
+        live.measure_also(tell_trials)
         yield Server(service, loop, live, drivers, settings.url)
 
 

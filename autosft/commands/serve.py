@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -186,6 +187,8 @@ def serve_http(server: Server, settings: Settings, *, on_stop: OnStop) -> None:
 
     http = Draining(config)
     sockets = [bound(settings)]
+    for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises again what it was stopped by
+        signal.signal(number, lambda *_: None)
     server.begin()
     typer.echo(f"Serving on {settings.url}  (Ctrl+C to stop)")
     try:

@@ -41,6 +41,7 @@ class TyperCommandLine:
             )
 
 
+@functools.cache
 def _command(name: str) -> Any:
     assert name in COMMANDS
     return get_command(importlib.import_module(f"autosft.commands.{name}").app)

@@ -109,7 +109,7 @@ def not_known(tokenizer: Any, model: str, examples: Sequence[Tokenized]) -> list
     """Return notes on text that the tokenizer has no tokens for, and a model so cannot learn."""
     said = []
     unknown = tokenizer.unk_token
-    if unknown is not None and unknown not in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token):
+    if unknown is not None and unknown not in (tokenizer.eos_token, tokenizer.bos_token):
         num_unknown = sum(int(np.sum(each.input_ids == tokenizer.unk_token_id)) for each in examples)
         num_tokens = sum(len(each.input_ids) for each in examples)
         if num_unknown:

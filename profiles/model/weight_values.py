@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-#: Layers that were added to a model may begin as zeros; a model of which more is zeros is not whole.
-_MAX_ZEROS = 0.25
+#: Layers that were added to a model may begin as zeros, and layers may be silenced: not most of a model.
+_MAX_ZEROS = 0.5
 _REMEDY = "Copy or download the model again, or give a checkpoint from before."
 
 

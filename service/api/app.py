@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 #: A best.yaml, and the flags beside it.
 MAX_BODY_BYTES = 4 << 20
+#: Said of pages and files too: their problems are JSON.
+_JSON = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     401: {"model": models.Problem, "description": "No token, or one that is nobody's."},
     403: {"model": models.Problem, "description": "Not for this user, or asked by another page."},
@@ -33,6 +35,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     422: {"model": models.Problem, "description": "Wrong, with what helps."},
     503: {"model": models.Problem, "description": "Something that this needs does not answer."},
 }
+_PROBLEMS = {status: said | _JSON for status, said in _PROBLEMS.items()}
 
 
 def create_app(service: Service) -> ASGIApp:

@@ -24,8 +24,8 @@ from autosft.studies.values import Direction
 
 router = APIRouter(include_in_schema=False)
 
-#: Items of the queue, and ended ones, on the page.
-MAX_QUEUED, MAX_ENDED = 100, 20
+#: Items on the page, of each kind.
+MAX_RUNNING, MAX_QUEUED, MAX_ENDED = 50, 50, 20
 
 
 def add_to(app: FastAPI) -> None:
@@ -72,8 +72,16 @@ def show_board(request: Request, service: The) -> Response:
 
 
 @router.get("/page/board")
-def show_board_part(request: Request, service: The, user: Asking) -> Response:
-    return page("board_part.html.jinja", request, service, user, **board_values(service, user))
+async def show_board_part(request: Request, service: The, user: Asking) -> Response:
+    """Return the part that changes, made once for all who see the same."""
+
+    def made() -> str:
+        body = page("board_part.html.jinja", request, service, user, **board_values(service, user)).body
+        return bytes(body).decode()
+
+    whose = None if user.role is Role.ADMIN else user.name
+    text = service.answers.get(service.scheduler.board(), ("page", whose), made)
+    return HTMLResponse(text, headers={"Cache-Control": "no-store"})
 
 
 @router.get("/page/new")
@@ -116,9 +124,13 @@ def read_figures(item_id: models.Id, service: The, user: Asking) -> Response:
     from autosft.studies.report import report_of
     from autosft.studies.report.figures import learning_curves
 
-    study = study_of(service, item_of(service, user, item_id))
+    item = item_of(service, user, item_id)
+    try:
+        study = study_of(service, item)
+    except HTTPException:
+        return Response(status_code=204)
     if not any(trial.measurements for trial in study.trials()):
-        raise HTTPException(404, "Nothing has been measured yet.")
+        return Response(status_code=204)
     figure = learning_curves(report_of(study, database=service.records.url, now=service.clock()))
     return JSONResponse({"data": figure.data, "layout": figure.layout, "caption": figure.caption})
 
@@ -192,8 +204,9 @@ def board_values(service: Service, user: User) -> dict[str, Any]:
     places, seen = board.places(), board.seen_by(user)
     names = {item.id: item.name for item in seen}
     queued = [item for item in seen if item.is_queued]
+    placed = [item for item in seen if item.is_placed]
     groups = {
-        "running": [item for item in seen if item.is_placed],
+        "running": placed[:MAX_RUNNING],
         "queued": queued[:MAX_QUEUED],
         "held": [item for item in seen if item.state is ItemState.HELD],
         "ended": [item for item in seen if item.is_ended][:MAX_ENDED],
@@ -202,6 +215,7 @@ def board_values(service: Service, user: User) -> dict[str, Any]:
         "is_draining": board.is_draining,
         "devices": [device_on_page(shown_device(use, names)) for use in board.devices],
         "num_queued": len(queued),
+        "num_running": len(placed),
         **{
             kind: [item_on_page(shown_item(item, board, places), now) for item in items]
             for kind, items in groups.items()

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, HTTPException, Query
-from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
+from fastapi import APIRouter, HTTPException, Query, Response
+from fastapi.responses import FileResponse, HTMLResponse
 
 from autosft.profiles.errors import UserError
 from autosft.service.api import models
@@ -109,8 +109,11 @@ def read_report(item_id: models.Id, service: The, user: Asking) -> HTMLResponse:
     return HTMLResponse(page, headers={"Content-Security-Policy": f"{policy}; sandbox allow-scripts"})
 
 
-@router.get("/studies/{item_id}/export", response_class=PlainTextResponse)
-def export_study(item_id: models.Id, service: The, user: Asking) -> PlainTextResponse:
+_YAML: dict[str, Any] = {"content": {"application/yaml": {"schema": {"type": "object"}}}}
+
+
+@router.get("/studies/{item_id}/export", response_class=Response, responses={200: _YAML})
+def export_study(item_id: models.Id, service: The, user: Asking) -> Response:
     """Return the study's best configuration, a best.yaml for `autosft train`."""
     from autosft.studies.export import as_yaml, exported
     from autosft.studies.results.summary import best_trial
@@ -119,7 +122,7 @@ def export_study(item_id: models.Id, service: The, user: Asking) -> PlainTextRes
     best = best_trial(study.trials(), maximize=study.spec.direction is Direction.MAXIMIZE)
     if best is None:
         raise HTTPException(409, f"No trial of {study.spec.name} has been evaluated yet.")
-    return PlainTextResponse(as_yaml(exported(study.spec, best)), media_type="application/yaml")
+    return Response(as_yaml(exported(study.spec, best)), media_type="application/yaml")
 
 
 @router.get("/studies/{item_id}/artifacts")

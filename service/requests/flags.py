@@ -85,6 +85,7 @@ _OF_TUNE = {
         ("preset", "time_budget", "disk_budget", "metric", "target", "final_metric", "adapter"), Reach.NOTHING
     ),
     "template_date": Reach.NOTHING,
+    "fold": Reach.NOTHING,
 }
 _OF_TRAIN = {
     "file": Reach.CONFIGURATION,

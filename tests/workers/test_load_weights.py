@@ -74,10 +74,12 @@ def test_weights_that_are_no_numbers_are_refused_at_every_load(name: str, data: 
         assert words in str(error.value)
 
 
-def test_an_added_layer_may_begin_as_zeros(tmp_path: Path) -> None:
+def test_added_and_silenced_layers_may_be_zeros(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     weights = checkpoints.weights_of(folder)
-    weights["model.layers.1.self_attn.o_proj.weight"].zero_()
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight", "gate_proj.weight")):
+            weights[name].zero_()  # 6 of 16 matrices
     checkpoints.store(folder, weights)
 
     load_base(str(folder), dtype=torch.float32)

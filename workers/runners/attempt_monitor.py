@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -235,6 +236,8 @@ class Attempt:
         failure, message = self._why(exit_status)
         if failure is not None:
             failure, message = told(self.job, failure, message)
+        if failure is FailureKind.WORKER_LOST and exit_status is None and self._why_no_server():
+            failure, message = FailureKind.NOT_STARTED, f"the warm server failed: {self._why_no_server()}"
         stopped = self._stop_reason if failure is None else None
         if exit_status is not None and len(self.job.device_uuids) > 1:
             message = f"rank {exit_status['rank']}: {message}"
@@ -246,6 +249,15 @@ class Attempt:
             last=self._last,
             duration_s=time.monotonic() - self._started,
         )
+
+    def _why_no_server(self) -> str:
+        """Return the exception with which the server ended before it forked anything for this; "" if none.
+
+        It would end so again: an import that fails, for example.  A server that was killed says nothing.
+        """
+        log = self._channel.server_log
+        last = output_before_crash(log)[-1:] if log is not None and not self.pids else []
+        return last[0] if last and re.match(r"[\w.]+(Error|Exception)\b", last[0]) else ""
 
     def _why(self, exit_status: dict[str, Any] | None) -> tuple[FailureKind | None, str]:
         """Return why a process ended that did not report its end."""

@@ -38,7 +38,9 @@ document.addEventListener("click", async (event) => {
   }
 });
 
-// Forms
+// Forms: without this script they would be sent as they are.
+
+for (const button of document.querySelectorAll("[data-form] button[type=submit]")) button.disabled = false;
 
 function settings(text) {
   const found = {};
@@ -185,7 +187,7 @@ let drawn = "";
 async function drawFigures(again = false) {
   if (!curves) return;
   const answer = await fetch(curves.dataset.figures);
-  if (!answer.ok) return;
+  if (answer.status !== 200) return;
   const text = await answer.text();
   if (text === drawn && !again) return;
   drawn = text;

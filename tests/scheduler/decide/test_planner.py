@@ -161,7 +161,11 @@ def test_what_does_not_fit_is_refused_in_figures_with_a_way_out() -> None:
         planned(5)
     assert "needs 4.2 GiB (at most 5.8 GiB)" in caught.value.message
     assert "5.0 GiB free: 768 MiB are missing" in caught.value.message
-    assert "--method lora" in str(caught.value.remedy)
+    assert "--method lora, a shorter --seq-len than 1024" in str(caught.value.remedy)
+    with pytest.raises(DoesNotFitError, match=r"; each of 2 Some GPU has 4\.0 GiB free: .* are missing"):
+        planned(4, num_devices=2)
+    with pytest.raises(DoesNotFitError, match=r"; Some GPU has 5\.0 GiB free"):
+        planned(5)
 
 
 def test_an_operator_that_could_not_be_followed_is_never_said_to_fit() -> None:

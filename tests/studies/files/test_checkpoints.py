@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -240,6 +242,21 @@ def test_a_study_keeps_its_best_and_what_it_needs_to_resume(records: Records, tm
 
     study.end_attempt(end(2, 1, failure=FailureKind.ERROR), TrialState.FAILED, now=1.0)
     assert study.tidy_checkpoints(tmp_path, keep_best=1) == (str(folders[2, 20]),)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such modes")
+@pytest.mark.parametrize(("folder_mode", "expected"), [(0o755, 0o644), (0o750, 0o640), (0o700, 0o600)])
+def test_whoever_may_read_the_folder_may_read_the_weights(
+    tmp_path: Path, folder_mode: int, expected: int
+) -> None:
+    """safetensors writes for the owner alone."""
+    staged = write(tmp_path / "staging")
+    (staged / "model.safetensors").chmod(0o600)
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared").chmod(folder_mode)
+    checkpoints.install(staged, tmp_path / "shared" / "step")
+    weights = tmp_path / "shared" / "step" / "model.safetensors"
+    assert stat.S_IMODE(weights.stat().st_mode) == expected
 
 
 def test_the_manifest_lists_every_file(tmp_path: Path) -> None:

@@ -128,6 +128,19 @@ def test_the_socket_is_for_its_owner_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "w" / "warm.sock").exists()
 
 
+def test_a_server_that_cannot_start_is_no_loss_of_a_trial(tmp_path: Path) -> None:
+    """It would end so for each, and each would be tried again until it fails."""
+    warm = WarmServer(tmp_path / "w", imports=["no_such_module"])
+    try:
+        attempt = Attempt(warm, make_job(Script(), output_dir=tmp_path), function=TRAIN)
+        [end] = list(attempt.events())
+    finally:
+        warm.close()
+    assert isinstance(end, AttemptEnd)
+    assert end.failure is FailureKind.NOT_STARTED
+    assert "No module named 'no_such_module'" in end.message
+
+
 def test_a_server_whose_disk_turned_read_only_is_closed_without_a_word(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +195,7 @@ def test_a_hung_attempt_leaves_its_stack_in_the_log(server: WarmServer, tmp_path
 
 def test_an_attempt_that_falls_silent_is_killed(server: WarmServer, tmp_path: Path) -> None:
     job = make_job(Script(fault=Fault.HANG), output_dir=tmp_path)
-    event = last(start(server, job, hang_limit_s=lambda job, has_begun: 0.3))
+    event = last(start(server, job, hang_limit_s=lambda job, has_begun: 0.3 if has_begun else 60.0))
     assert event.failure is FailureKind.WORKER_LOST
     assert "no progress" in event.message
     assert event.log_path is not None
