@@ -272,7 +272,7 @@ KINDS = {
         make_read_only("temporary"), "Read-only file system", ends_run=None, breaking="temporary"
     ),
     "database read-only": Kind(
-        make_read_only("database"), "readonly|read-only|unable to open", breaking="database"
+        make_read_only("database"), "readonly|Read-only file system|unable to open", breaking="database"
     ),
     "leases read-only": Kind(make_read_only("leases"), "Read-only file system", breaking="leases"),
     "output deleted": Kind(delete("output/study"), "moved, deleted or replaced"),
