@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import resource
 import shutil
@@ -10,13 +11,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
+from autosft.studies.store import database
 from autosft.workers.processes.starters import WarmServer
 
 #: Where processes can be counted, as containers do; needs root and version 1 of control groups.
@@ -177,10 +178,16 @@ def delete_database(place: Place) -> None:
 
 
 def lock_database(place: Place) -> None:
-    """Another program keeps the database locked for a while."""
+    """Another program keeps the database locked until the study has said that it waits."""
     other = sqlite3.connect(place.root / "database" / "studies.db", check_same_thread=False)
     other.execute("BEGIN IMMEDIATE")
-    threading.Timer(1.0, lambda: (other.rollback(), other.close())).start()
+
+    class Release(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            print(record.getMessage(), file=sys.stderr)
+            other.rollback()
+
+    logging.getLogger(database.__name__).addHandler(Release())
 
 
 def lock_database_for_long(place: Place) -> None:
