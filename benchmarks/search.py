@@ -56,10 +56,15 @@ def main() -> None:
         compare_rules(arguments.rules)
     else:
         from replay.report import run
+        from replay.tables import TableError
 
         if arguments.quick:
             arguments.replays, arguments.workers, arguments.budget = 4, [1], 20.0
-        run(arguments)
+        try:
+            run(arguments)
+        except (TableError, OSError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,10 @@ from autosft.studies.search.dimensions import Choices, Dimension, Range, Value
 NUM_EVALUATIONS = 8
 
 
+class TableError(ValueError):
+    """A file of JSON that holds no table of a known kind."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One recorded run: losses to choose by and losses to judge by, at shares of it."""
@@ -64,7 +68,7 @@ class Table:
 def read_tables(folder: Path) -> list[Table]:
     """Return all tables in a folder (or one file), by name of file; a sweep has one for each model.
 
-    Raises ValueError for a file of JSON that is none of the kinds.
+    Raises TableError for a file of JSON that is none of the kinds, and OSError for one that cannot be read.
     """
     found: list[Table] = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
@@ -85,17 +89,20 @@ def _read(path: Path) -> list[Table]:
         return [_taskset(name.removeprefix("taskset_"), rows)]
     if "test_nll" in first:
         return _sweep(rows)
-    raise ValueError(f"{path}: neither curves nor a sweep of a known kind; the first row has {sorted(first)}")
+    raise TableError(f"{path}: neither curves nor a sweep of a known kind; the first row has {sorted(first)}")
 
 
 def _rows(path: Path) -> list[Any]:
     """Return a file's rows: JSON lines, or one list."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as content:
         text = content.read()
-    if text.lstrip().startswith("["):
-        rows: list[Any] = json.loads(text)
-        return rows
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
+    try:
+        if text.lstrip().startswith("["):
+            rows: list[Any] = json.loads(text)
+            return rows
+        return [json.loads(line) for line in text.split("\n") if line.strip()]
+    except json.JSONDecodeError as error:
+        raise TableError(f"{path}: neither a JSON list nor JSON lines: {error}") from error
 
 
 def _number(value: Any) -> float:

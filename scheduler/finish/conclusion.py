@@ -97,6 +97,7 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
     untuned = records.untuned()
     over = over_untuned(run.output_dir, untuned, best, metric=run.metric)
     records.show_in_dashboard("over the untuned model", describe_over_untuned(over))
+    storage = masked(study.storage_url)
     is_given = study.request.storage is not None
     return Conclusion(
         study=run.name,
@@ -120,16 +121,13 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         else why_no_result(trials, is_time_over=is_time_over(study)),
         untuned_value=None if untuned is None else untuned.metric(run.metric),
         over_untuned=over,
-        going_on=describe_going_on(outlook_of(rules_of(records.spec), trials).going_on)
-        if run.rule.thaws
-        else "",
+        going_on=worth_of_going_on(study, trials),
         gain=describe_gain(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),
         choice=choice_of(study, summary, finals),
         final_scores=finals,
         answers=demo_answers(study, checkpoint) if study.demo_examples and checkpoint else None,
-        storage_url=masked(study.storage_url),
-        dashboard_command="autosft dashboard"
-        + (f" --storage {shlex.quote(masked(study.storage_url))}" if is_given else ""),
+        storage_url=storage,
+        dashboard_command="autosft dashboard" + (f" --storage {shlex.quote(storage)}" if is_given else ""),
         resume_command=f"autosft {masked_command(sys.argv[1:])}",
         duration_s=time.time() - study.started_at,
         num_gaps=tally.num_gaps,
@@ -137,6 +135,13 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         median_gap_s=tally.median_gap_s,
         sharing_overhead=tally.overhead,
     )
+
+
+def worth_of_going_on(study: OpenStudy, trials: Sequence[TrialRecord]) -> str:
+    """Say what more trials are expected to gain; empty where no model of learning curves decides."""
+    if not study.run.rule.thaws:
+        return ""
+    return describe_going_on(outlook_of(rules_of(study.records.spec), trials).going_on)
 
 
 def is_time_over(study: OpenStudy) -> bool:

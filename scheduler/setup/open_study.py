@@ -39,6 +39,7 @@ from autosft.scheduler.setup.demo import demo_request
 from autosft.scheduler.setup.design import Basis, Design, design_study
 from autosft.scheduler.setup.export_check import require_exportable
 from autosft.scheduler.setup.facts import StudyFacts, read_facts
+from autosft.scheduler.setup.first_trials import first_trials
 from autosft.scheduler.setup.folders import (
     StudyFiles,
     output_folder,
@@ -66,11 +67,10 @@ from autosft.studies.files import remote
 from autosft.studies.files.storage import driver_module
 from autosft.studies.files.study_folder import size_of
 from autosft.studies.request import TuneRequest
-from autosft.studies.search.space import complete, default_parameters, neighbours
 from autosft.studies.store.database import default_storage_url
 from autosft.studies.store.records import Records, open_records
 from autosft.studies.store.study_records import StudyRecords
-from autosft.studies.trial import DEFAULT_ORIGIN, PromptScoring, TrialState
+from autosft.studies.trial import PromptScoring, TrialState
 from autosft.studies.values import Driver
 from autosft.studies.warm_start import WarmStart, earlier_studies, warm_start
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter
@@ -361,27 +361,6 @@ def take_over(
         yield study, earlier
     finally:
         study.release(now=time.time())
-
-
-def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield (parameters, origin) of the trials before the sampler's: the rule-based default, its neighbours.
-
-    In between come those of earlier studies.  Strategies of a preset come before the default and replace its
-    neighbours; a strategy equal to the default has the origin of the default, against which the gain is
-    measured.
-    """
-    space, fixed = design.basis.space, design.basis.fixed
-    defaults = default_parameters(space)
-    for parameters, origin in design.strategies:
-        is_default = complete(space, parameters) == defaults and fixed.of(origin) == fixed
-        yield dict(parameters), DEFAULT_ORIGIN if is_default else origin
-    yield dict(defaults), DEFAULT_ORIGIN
-    for parameters in earlier.trials:
-        yield dict(parameters), "warm start"
-    if design.strategies:
-        return
-    for parameters in neighbours(space, defaults):
-        yield parameters, "neighbour"
 
 
 def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:

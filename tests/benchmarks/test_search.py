@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from replay.rules import regrets
-from replay.searchers import SEARCHERS
+from replay.searchers import SEARCHERS, Given
 from replay.simulate import GoOn, Start, Trial, best_of, replay, tolerances
-from replay.tables import Table, read_tables
+from replay.tables import Table, TableError, read_tables
 
 NUM_ROWS = 24
 
@@ -53,7 +53,7 @@ def test_a_table_of_our_own_is_read(table: Table) -> None:
     default = table.rows[table.default].parameters
     assert float(default["learning_rate"]) == pytest.approx(1e-4, rel=0.2)
     assert default["lr_scheduler"] == "cosine"
-    assert best_of(table)[0] == pytest.approx(1.0, abs=0.01)
+    assert best_of(table, [row.runs[0] for row in table.rows])[0] == pytest.approx(1.0, abs=0.01)
     assert tolerances(table) == (0.01, 0.03)  # less noise than 1 %
 
 
@@ -88,9 +88,8 @@ def test_every_searcher_stays_within_its_budget_and_starts_with_the_default(
     table: Table, name: str, workers: int
 ) -> None:
     budget = 5.0
-    trace = replay(
-        table, SEARCHERS[name][0](table, 0, workers), workers=workers, seed=0, budget=budget, enough=budget
-    )
+    given = Given(table=table, seed=0, workers=workers, relative=table)
+    trace = replay(table, SEARCHERS[name][0](given), workers=workers, seed=0, budget=budget, enough=budget)
     spent = [cost for cost, _, _ in trace.points]
     assert spent == sorted(spent)
     assert spent[-1] <= budget + workers
@@ -103,7 +102,7 @@ def test_ours_finds_the_best_in_fewer_tokens_than_random(table: Table) -> None:
     def mean(name: str, num_seeds: int) -> float:
         costs = []
         for seed in range(num_seeds):
-            searcher = SEARCHERS[name][0](table, seed, 1)
+            searcher = SEARCHERS[name][0](Given(table=table, seed=seed, workers=1, relative=None))
             trace = replay(table, searcher, workers=1, seed=seed, budget=20, enough=20)
             costs.append(min(trace.reached(0.01), 20.0))
         return sum(costs) / len(costs)
@@ -129,3 +128,11 @@ def test_a_rule_is_compared_with_the_best_rate() -> None:
     assert regrets(losses, 3e-4) == (0.0, 0.0)
     over_all, same_rank = regrets(losses, 1e-4)
     assert (over_all, same_rank) == (pytest.approx(0.1), pytest.approx(0.15))
+
+
+@pytest.mark.parametrize("text", ["{", '{"a": 1}', "[1, 2]"], ids=["broken", "of another kind", "numbers"])
+def test_what_is_no_table_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    with pytest.raises(TableError, match=r"other\.json: neither"):
+        read_tables(path)
