@@ -76,10 +76,13 @@ OWN = Family(
     config={**SIZES, "model_type": "llama"},
     kind="own code",
 )
-#: Likewise, with as many numbers as there are large ones: nothing predicts its memory, it measures itself.
+#: Likewise, with a size that is read from a tensor: nothing predicts its memory, it measures itself.
 UNTRACED = replace(OWN, name="own classes that cannot be traced")
 _TRACED = "        return 0.5 * super().forward(hidden_states)\n"
-_NOT_TRACED = _TRACED.replace("\n", " + hidden_states[hidden_states > 1e30].sum()\n")
+_NOT_TRACED = """\
+        size = 1 + int((hidden_states > 1e30).sum())
+        return 0.5 * super().forward(hidden_states) + hidden_states.new_zeros(size).sum()
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
