@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,3 +95,9 @@ def test_more_than_a_few_arguments_have_names() -> None:
 def test_shapes_are_measured(code: str, lines: int, positional: int) -> None:
     [function] = functions(code)
     assert (num_lines(function), num_positional(function)) == (lines, positional)
+
+
+def test_no_two_test_files_have_one_name() -> None:
+    """Without packages, pytest imports each as a module of its bare name, and refuses the second."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, number in names.items() if number > 1] == []

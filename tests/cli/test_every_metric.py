@@ -24,7 +24,7 @@ def every_metric() -> Iterator[ParameterSet]:
         yield pytest.param(name, marks=pytest.mark.thorough if name in LIKE_OTHERS else ())
 
 
-@pytest.mark.parametrize("name", every_metric())
+@pytest.mark.parametrize("name", [*every_metric()])
 def test_a_study_by_every_metric(name: str, tmp_path: Path) -> None:
     metric = METRICS[name]
     more: list[str] = []

@@ -228,6 +228,7 @@ def no_config(folder: Path) -> None:
 
 def adapter(folder: Path) -> None:
     no_config(folder)
+    no_weights(folder)
     (folder / "adapter_config.json").write_text("{}")
 
 

@@ -335,7 +335,7 @@ def test_a_server_reports_failed_imports(tmp_path: Path) -> None:
         event = last(start(warm, make_job(output_dir=tmp_path)))
     finally:
         warm.close()
-    assert event.failure is FailureKind.WORKER_LOST
+    assert event.failure is FailureKind.NOT_STARTED
     assert "no_such_module" in event.message
 
 
