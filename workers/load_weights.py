@@ -51,7 +51,6 @@ def load_base(
 ) -> PreTrainedModel:
     """Load a model folder or hub id, dequantized, or 4-bit for QLoRA; of an adapter's folder the base model.
 
-
     `dtype` is that of the weights in memory, "auto" for the stored one.  `arguments` are further arguments of
     `from_pretrained`.  Raises UserError for weights that do not match the model and for a quantized
     checkpoint that cannot be dequantized, MissingExtraError where QLoRA needs bitsandbytes.
@@ -93,6 +92,8 @@ def load_base(
         untie(model.config)  # or a program that goes by a saved configuration would lose the head
     if scheme is not None and method is not Method.QLORA:
         _forget_quantization(model, dtype if isinstance(dtype, torch.dtype) else None)
+    if method is Method.QLORA:
+        _evaluate_as_trained(model)
     return ready_for_text(model)
 
 
@@ -193,6 +194,17 @@ def _nf4(precision: Precision | None, kept_whole: list[str] | None) -> Any:
         bnb_4bit_compute_dtype=torch.float16 if scales_loss else torch.bfloat16,
         llm_int8_skip_modules=kept_whole,
     )
+
+
+def _evaluate_as_trained(model: PreTrainedModel) -> None:
+    """Make 4-bit layers compute evaluations as they compute training.
+
+    On CPUs with bf16 instructions, bitsandbytes 0.50.2 packs the weights of a layer when it first evaluates:
+    their scales are rounded to bf16, and it fails where a layer's outputs are no multiple of 32 (Mamba 2).
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype | None) -> None:

@@ -224,6 +224,39 @@ def test_a_package_that_dequantizing_takes_is_named(
 
 
 @pytest.mark.slow
+def test_4_bit_layers_compute_evaluations_as_training(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """Also where a layer's outputs are no multiple of 32, as in Mamba 2."""
+    if find_spec("bitsandbytes") is None:
+        run_again_with_them(request)
+        return
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = make_model(tmp_path / "model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=64,
+            intermediate_size=192,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
+    model = load_base(str(folder), dtype=torch.float32, method=Method.QLORA, precision=Precision.FP32)
+    layer = model.model.layers[0].self_attn.k_proj
+    assert (type(layer).__name__, layer.out_features) == ("Linear4bit", 16)
+    ids = torch.arange(8).unsqueeze(0)
+    with torch.no_grad():
+        trained = model.train()(input_ids=ids).logits
+        evaluated = model.eval()(input_ids=ids).logits
+        again = model.train()(input_ids=ids).logits
+    assert torch.equal(trained, evaluated)
+    assert torch.equal(trained, again)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.2), (8, 0.02)])
 def test_bitsandbytes_weights_are_dequantized_or_trained_over(
     bits: int, tolerance: float, data: Path, tmp_path: Path, request: pytest.FixtureRequest
