@@ -5,7 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from fair_share_sim import HOUR_S, SMALL, Cluster, Draw, Errors, Replay, devices, fairness, many_items
+from fair_share_sim import fairness, many_items
+from simulated_cluster import HOUR_S, SMALL, Cluster, Draw, Errors, Replay, devices
 from simulated_queue import MemoryQueue
 
 from autosft.scheduler.decide.sharing import TIME_SLICING_OVERHEAD

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from autosft.workers.tools.merge_adapter import merge, require_weights_of_their_
 from autosft.workers.training import score_checkpoint
 from autosft.workers.training.load import load_model
 from autosft.workers.training.train import train
-from tests.optimizer_packages import run_again_with_them
 from tests.workers import checkpoints
 from tests.workers.small import job, lora, make_data, make_model, pinned, plan, settings
 
@@ -221,87 +219,6 @@ def test_a_package_that_dequantizing_takes_is_named(
     load_model_profile(str(folder), need_tokenizer=False)  # a plan for another machine takes none
     with pytest.raises(UserError, match=f"pip install {package}"):
         load_model_profile(str(folder))
-
-
-@pytest.mark.slow
-def test_4_bit_layers_compute_evaluations_as_training(tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    """Also where a layer's outputs are no multiple of 32, as in Mamba 2."""
-    if find_spec("bitsandbytes") is None:
-        run_again_with_them(request)
-        return
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = make_model(tmp_path / "model")
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=64,
-            intermediate_size=192,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=1,
-            max_position_embeddings=64,
-        )
-    ).save_pretrained(folder)
-    model = load_base(str(folder), dtype=torch.float32, method=Method.QLORA, precision=Precision.FP32)
-    layer = model.model.layers[0].self_attn.k_proj
-    assert (type(layer).__name__, layer.out_features) == ("Linear4bit", 16)
-    ids = torch.arange(8).unsqueeze(0)
-    with torch.no_grad():
-        trained = model.train()(input_ids=ids).logits
-        evaluated = model.eval()(input_ids=ids).logits
-        again = model.train()(input_ids=ids).logits
-    assert torch.equal(trained, evaluated)
-    assert torch.equal(trained, again)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.2), (8, 0.02)])
-def test_bitsandbytes_weights_are_dequantized_or_trained_over(
-    bits: int, tolerance: float, data: Path, tmp_path: Path, request: pytest.FixtureRequest
-) -> None:
-    if find_spec("bitsandbytes") is None:
-        run_again_with_them(request)
-        return
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-
-    folder = make_model(tmp_path / "model")
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=32,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-        )
-    ).save_pretrained(folder)
-    plain = load_base(str(folder), dtype=torch.float32).state_dict()
-    quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
-    AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=quantized, dtype=torch.bfloat16, device_map={"": "cpu"}
-    ).save_pretrained(folder)
-    assert load_model_profile(str(folder)).quantization == f"bitsandbytes-{bits}bit"
-    model = load_model(job(folder, data, tmp_path))
-    for name, weight in model.state_dict().items():
-        assert weight.dtype is torch.float32
-        torch.testing.assert_close(
-            weight, plain[name], rtol=0, atol=tolerance * float(plain[name].abs().max())
-        )
-    model.save_pretrained(tmp_path / "again")
-    saved = load_base(str(tmp_path / "again"), dtype="auto").state_dict()
-    assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items())
-    asked = replace(lora(), method=Method.QLORA)
-    if bits == 4:
-        over = load_model(job(folder, data, tmp_path, settings=asked))
-        assert type(over.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
-        for precision in (Precision.FP32, Precision.BF16):  # trl's bf16 adapters are fp32 in the first
-            held = pinned(data, precision=precision)
-            over_it = job(folder, data, tmp_path / precision.value, settings=asked, pinned=held)
-            end = train(over_it, lambda _: None, lambda: None)
-            assert end.completed, end.message
 
 
 def test_qlora_over_other_quantized_weights_is_refused(data: Path, tmp_path: Path) -> None:
