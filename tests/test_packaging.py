@@ -9,6 +9,7 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,7 +34,9 @@ def wheel(tmp_path_factory) -> Path:
         if options[1] == "{unpacked}":
             [sdist] = built.glob("*.tar.gz")
             with tarfile.open(sdist) as archive:
-                archive.extractall(copy.parent, filter="data")
+                # Python before 3.11.4, such as Debian 12's, has no filters.
+                safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+                archive.extractall(copy.parent, **safely)
             options[1] = str(copy.parent / sdist.name.removesuffix(".tar.gz"))
         # Without isolation: no network, and the setuptools that constraints.txt pins.
         command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(built), *options]

@@ -106,8 +106,11 @@ def install() -> Path:
         with tarfile.open(archives[0]) as archive:
             for member in archive:
                 name = member.name.removeprefix(_INSIDE)
-                if name != member.name and name.startswith(_KEPT):
-                    archive.extract(member.replace(name=name), unpacked, filter="data")
+                content = archive.extractfile(member)  # Python before 3.11.4 has no filter for `extract`
+                if name != member.name and name.startswith(_KEPT) and content is not None:
+                    target = unpacked / name
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(content.read())
         if place.is_dir() and home(ADAPTERS) is None:
             place.rename(Path(scratch) / "earlier")
         if not place.is_dir():  # another process may have been faster
