@@ -53,7 +53,7 @@ def users() -> Iterator[tuple[int, int]]:
         made.append(int(subprocess.check_output(["id", "-u", name], text=True)))
     yield made[0], made[1]
     for name in names:
-        subprocess.run(["userdel", name], check=False, capture_output=True)
+        subprocess.run([str(Path(ADD).with_name("userdel")), name], check=False, capture_output=True)
 
 
 @pytest.fixture
