@@ -44,8 +44,18 @@ class MachineDevices:
 
 
 def device_kind(profile: DeviceProfile) -> str:
-    """Return the kind of a device, shared by those that take the same plans: its name and its size."""
-    return f"{profile.name}, {profile.total_bytes / (1 << 30):.0f} GiB"
+    """Return the kind of a device, shared by those that take the same plans: its name and its size.
+
+    Devices of the server's machine and of other nodes of a cluster are of two kinds: only studies run there,
+    and a study that does runs on that cluster.
+    """
+    kind = f"{profile.name}, {profile.total_bytes / (1 << 30):.0f} GiB"
+    return f"{kind}, other nodes" if is_elsewhere(profile) else kind
+
+
+def is_elsewhere(device: DeviceProfile | Device) -> bool:
+    """Whether a device is another node's: `scheduler.cluster.nodes` names these HOST/NODE."""
+    return "/" in device.node
 
 
 def device_from(

@@ -15,7 +15,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.profiles.hardware.discover import refresh
 from autosft.service.board import MAX_ENDED, Board, DeviceUse, board_of
-from autosft.service.devices import device_from
+from autosft.service.devices import device_from, is_elsewhere
 from autosft.service.loop import View
 from autosft.service.store.queue_store import QueueStore
 from autosft.service.values import ENDED_STATES, OPEN_STATES, Item
@@ -185,6 +185,8 @@ class LiveBoard:
 
 def uses_of(cluster: ClusterProfile, placed: Collection[Item]) -> tuple[DeviceUse, ...]:
     """Return the devices with what is booked on them and what processes hold."""
+    if not cluster.devices:  # of a cluster that does not answer
+        return ()
     now = refresh(cluster)
     pids = {item.id: pids_of(item) for item in placed}
     return tuple(_use(profile, placed, pids) for profile in now.devices)
@@ -193,6 +195,14 @@ def uses_of(cluster: ClusterProfile, placed: Collection[Item]) -> tuple[DeviceUs
 def _use(profile: DeviceProfile, placed: Collection[Item], pids: dict[int, set[int]]) -> DeviceUse:
     there = [item for item in placed if item.place is not None and profile.uuid in item.place.device_uuids]
     booked = tuple((item.id, item.place.bytes_each) for item in there if item.place is not None)
+    if is_elsewhere(profile):  # not measured: what was free when its node was asked
+        return DeviceUse(
+            device=device_from(profile, (), own_pids=()),
+            booked=booked,
+            others_bytes=_rounded(max(0, profile.total_bytes - profile.free_bytes)),
+            free_bytes=_rounded(max(0, profile.free_bytes - sum(size for _, size in booked))),
+            is_measured=False,
+        )
     if profile.kind.traits.has_own_memory:
         held = {
             item.id: sum(

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from autosft.service.api.app import create_app
 from autosft.service.api.context import Service
 from autosft.service.api.submissions import plan_the_unplanned
 from autosft.service.board import DeviceUse
+from autosft.service.cluster_devices import ClusterDevices, NodeWatch
+from autosft.service.decide.situation import Policy
 from autosft.service.devices import MachineDevices
 from autosft.service.drivers.command import DriverCommand, driver_command
 from autosft.service.drivers.process_drivers import ProcessDrivers
@@ -60,7 +62,9 @@ class Settings:
     host_names: tuple[str, ...] = ()  # by which others reach it, such as behind a proxy
     hardware: str = "auto"
     gpus: str | None = None
+    address: str | None = None  # of a Ray cluster that this machine is a node of
     is_behind_tls: bool = False
+    policy: Policy = field(default_factory=Policy)
 
     @property
     def is_loopback(self) -> bool:
@@ -189,9 +193,8 @@ def open_server(settings: Settings, command_line: CommandLine, *, dashboard: Any
         records = stack.enter_context(closing(open_records(settings.storage)))
         settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         settings.limits.outputs.mkdir(mode=0o700, parents=True, exist_ok=True)
-        devices = MachineDevices(settings.hardware, gpus=settings.gpus)
         profile = settings.folder / "devices.json"
-        save_profile(devices.cluster, profile)
+        devices = stack.enter_context(handed_out(settings, profile))
         planner = Planner(
             python("-m", planner_process.__name__, str(profile), settings.storage),
             log=settings.folder / "planner.log",
@@ -204,7 +207,7 @@ def open_server(settings: Settings, command_line: CommandLine, *, dashboard: Any
             command=lambda item, given: recorded(item, given, settings),
             progress=study_progress(records),
         )
-        loop = Loop(queue, devices=devices, drivers=drivers, clock=time.time)
+        loop = Loop(queue, devices=devices, drivers=drivers, clock=time.time, policy=settings.policy)
         live = LiveBoard(queue, loop, clock=time.time, uses=lambda placed: uses_of(devices.cluster, placed))
         service = Service(
             queue=queue,
@@ -231,9 +234,33 @@ def open_server(settings: Settings, command_line: CommandLine, *, dashboard: Any
         yield Server(service, loop, live, drivers, settings.url)
 
 
+@contextmanager
+def handed_out(settings: Settings, profile: Path) -> Iterator[MachineDevices | ClusterDevices]:
+    """Give the devices that are handed out, and keep `profile`, which predictions rest on, up to date."""
+    here = MachineDevices(settings.hardware, gpus=settings.gpus)
+    if settings.address is None:
+        save_profile(here.cluster, profile)
+        yield here
+        return
+    has_gpu = any(device.kind.traits.is_gpu for device in here.cluster.devices)
+    nodes = NodeWatch(settings.address, settings.folder / "nodes.json", log=settings.folder / "nodes.log")
+    devices = ClusterDevices(here, nodes, has_own=has_gpu or settings.hardware != "auto")
+    with closing(nodes):
+        nodes.begin(on_change=lambda: devices.save(profile))
+        nodes.wait()
+        if not devices.cluster.devices:
+            raise UserError(
+                f"--address {settings.address}: no other node of the cluster has a device, and "
+                "there is no GPU here.",
+                remedy="Have the nodes join first (ray start), or hand out the cores here: --hardware cpu.",
+            )
+        devices.save(profile)
+        yield devices
+
+
 def recorded(item: Item, devices: Sequence[Device], settings: Settings) -> DriverCommand:
     """Return an item's command with this server's database."""
-    made = driver_command(item, devices, hardware=settings.hardware)
+    made = driver_command(item, devices, hardware=settings.hardware, address=settings.address)
     argv = list(made.argv)
     if item.arguments.command in _RECORDED:
         at = argv.index("--") if "--" in argv else len(argv)

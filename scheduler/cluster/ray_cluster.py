@@ -83,25 +83,16 @@ class Cluster:
 
     def other_nodes(self) -> dict[str, str]:
         """Return the names of the other live nodes, by Ray's node id."""
-        import ray
-
         if not self.is_guest:
             return {}
-        here = ray.get_runtime_context().get_node_id()
-        alive = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-        if alive.pop(here, None) is None:
+        alive, is_here = _alive_nodes()
+        if not is_here:
             self._lost = "this machine's raylet has died"
         return alive
 
     def on_node(self, node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
         """Run a function on a node."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        task = ray.remote(function).options(num_cpus=0, scheduling_strategy=there)
-        answer: Future[Any] = task.remote(*arguments).future()
-        return answer
+        return _run_on(node, function, *arguments)
 
     def runner(self, **options: Any) -> TrialRunner:
         """Return a runner of trials on this cluster; options as in `RayTrialRunner`."""
@@ -302,19 +293,56 @@ def connect(
                 watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
 
 
-def _connected(address: str, starter: WarmServer) -> Cluster:
+class Onlooker:
+    """A cluster whose nodes are asked and on which no trial runs; valid inside `look_at`."""
+
+    def other_nodes(self) -> dict[str, str]:
+        """Return the names of the other live nodes, by Ray's node id."""
+        return _alive_nodes()[0]
+
+    def on_node(self, node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
+        """Run a function on a node."""
+        return _run_on(node, function, *arguments)
+
+
+@contextlib.contextmanager
+def look_at(address: str, *, timeout_s: float = 5.0) -> Iterator[Onlooker]:
+    """Ask the nodes of a running cluster; raises as `connect`."""
     import ray
 
+    with run_folder() as run_dir:
+        _log_to(run_dir / "ray.log")
+        if address != "auto":
+            _refuse_bad_address(address, timeout_s)
+        try:
+            _join(address)
+            yield Onlooker()
+        finally:
+            ray.shutdown()
+
+
+def _alive_nodes() -> tuple[dict[str, str], bool]:
+    """Return the names of the other live nodes by Ray's id, and whether this machine's is alive."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    alive = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    return alive, alive.pop(here, None) is not None
+
+
+def _run_on(node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+    task = ray.remote(function).options(num_cpus=0, scheduling_strategy=there)
+    answer: Future[Any] = task.remote(*arguments).future()
+    return answer
+
+
+def _connected(address: str, starter: WarmServer) -> Cluster:
     started = time.monotonic()
-    keep_handlers_out(ray._raylet.__file__)
-    try:
-        with own_sigterm():  # Ray's ends the process before a trial can save a checkpoint
-            context = ray.init(address=address, log_to_driver=False, job_config=without_user_folders())
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(
-            f"the Ray cluster at {address} cannot be used from here: {_first_line(error)}",
-            remedy="This machine must be one of its nodes: run `ray start --address=HOST:PORT` first.",
-        ) from error
+    context = _join(address)
     cluster = Cluster(
         starter=starter,
         is_guest=True,
@@ -325,6 +353,21 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
     cluster._is_up.set()
     cluster.wait_until_ready()
     return cluster
+
+
+def _join(address: str) -> Any:
+    """Call `ray.init` for a running cluster.  Raises UserError."""
+    import ray
+
+    keep_handlers_out(ray._raylet.__file__)
+    try:
+        with own_sigterm():  # Ray's ends the process before a trial can save a checkpoint
+            return ray.init(address=address, log_to_driver=False, job_config=without_user_folders())
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(
+            f"the Ray cluster at {address} cannot be used from here: {_first_line(error)}",
+            remedy="This machine must be one of its nodes: run `ray start --address=HOST:PORT` first.",
+        ) from error
 
 
 def _refuse_bad_address(address: str, timeout_s: float) -> None:
