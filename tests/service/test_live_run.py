@@ -3,136 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
-import socket
-import subprocess
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from autosft.profiles.child_python import python
-from autosft.profiles.errors import UserError
 from autosft.service.client import Client
 from autosft.studies.store.records import open_records
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrialState
-from tests.cli.chat_model import make_chat_model, write_chats
 from tests.service.api.chromium import PROGRAM, Page, opened
+from tests.service.house import House, furnished
 
-WAIT_S = 600.0
 NUM_TRIALS = 2
 COMMON = ("--model", "llama", "--data", "chats.jsonl", "--method", "full", "--no-prune", "--evaluations", "4")
 
 
-@dataclass
-class House:
-    """A machine with a server, and what people of it type."""
-
-    folder: Path
-    port: int
-    tokens: dict[str, str] = field(default_factory=dict)
-    server: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def database(self) -> str:
-        return f"sqlite:///{self.folder / 'data_home' / 'autosft' / 'studies.db'}"
-
-    def environment(self) -> dict[str, str]:
-        homes = {f"XDG_{name}_HOME": str(self.folder / f"{name.lower()}_home") for name in ("DATA", "CACHE")}
-        return os.environ | homes | {"OMP_NUM_THREADS": "1", "AUTOSFT_SERVER": "", "AUTOSFT_TOKEN": ""}
-
-    def run(self, *words: str, by: str | None = None) -> str:
-        """Run `autosft` as somebody would; return what it says."""
-        environment = self.environment()
-        if by is not None:
-            environment |= {"AUTOSFT_SERVER": self.url, "AUTOSFT_TOKEN": self.tokens[by]}
-        ended = subprocess.run(
-            python("-m", "autosft", *words), env=environment, capture_output=True, text=True, check=False
-        )
-        assert ended.returncode == 0, (words, ended.stdout, ended.stderr)
-        return ended.stdout
-
-    def add_user(self, name: str, *options: str) -> None:
-        self.tokens[name] = self.run("serve", "users", "add", name, *options).splitlines()[1]
-
-    def client(self, name: str) -> Client:
-        return Client(self.url, token=self.tokens[name])
-
-    def start(self) -> None:
-        """Start the server, and wait until it answers."""
-        words = ("serve", "--hardware", "cpu", "--port", str(self.port), "--preempt-after", "0")
-        with (self.folder / "server.log").open("ab") as log:
-            self.server = subprocess.Popen(
-                python("-m", "autosft", *words, "--folder", str(self.folder / "shared")),
-                env=self.environment(),
-                stdout=log,
-                stderr=log,
-            )
-        [anybody, *_] = self.tokens
-        with self.client(anybody) as client:
-            self.until(lambda: answers(client))
-
-    def until(self, is_so: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not is_so():
-            assert time.monotonic() < deadline, self.said()
-            time.sleep(0.2)
-
-    def said(self) -> str:
-        logs = [self.folder / "server.log", *self.folder.glob("data_home/autosft/service/items/*/log.txt")]
-        return "\n".join(f"{log}:\n{log.read_text()[-4000:]}" for log in logs if log.exists())
-
-    def end(self) -> None:
-        """Stop the server, and kill whatever is left of the test."""
-        if self.server is not None:
-            self.server.kill()
-            self.server.wait()
-        for process in self.processes():
-            process.kill()
-
-    def processes(self) -> list[psutil.Process]:
-        """Return what runs with this test's folders."""
-        found = []
-        for process in psutil.process_iter():
-            try:
-                is_ours = process.environ().get("XDG_DATA_HOME", "").startswith(str(self.folder))
-            except psutil.Error:
-                continue
-            if is_ours:
-                found.append(process)
-        return found
-
-
-def answers(client: Client) -> bool:
-    try:
-        client.me()
-    except UserError:
-        return False
-    return True
-
-
 @pytest.fixture
-def house(tmp_path: Path) -> Any:
-    shared = tmp_path / "shared"
-    shared.mkdir()
-    make_chat_model(shared / "llama")
-    write_chats(shared / "chats.jsonl")
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
-    made = House(folder=tmp_path, port=port)
+def house(tmp_path: Path) -> Iterator[House]:
+    made = furnished(tmp_path, options=("--hardware", "cpu", "--preempt-after", "0"))
     yield made
     made.end()
 
@@ -151,7 +45,8 @@ def test_two_people_share_a_server_that_is_killed(house: House) -> None:
         house.until(lambda: has_measured(house, bob, "first"))
         first = bob.find("first")
         driver = driver_of(house)
-        kill_and_start_again(house)
+        house.kill_server()
+        house.start()
         assert driver.is_running(), "the driver has died with the server"
         assert bob.find("first")["num_starts"] == 1
         house.run("queue", "priority", "second", "5", by="ada")
@@ -194,13 +89,6 @@ def has_measured(house: House, client: Client, name: str) -> bool:
 def driver_of(house: House) -> psutil.Process:
     [found] = [one for one in house.processes() if one.cmdline()[1:5] == ["-P", "-m", "autosft", "tune"]]
     return found
-
-
-def kill_and_start_again(house: House) -> None:
-    assert house.server is not None
-    house.server.kill()
-    house.server.wait()
-    house.start()
 
 
 def check_exact(study: StudyRecords) -> None:

@@ -29,12 +29,19 @@ CASES = [
     (TRAIN, [HALF], "2xcpu", ["train", "--hardware=2xcpu", "--gpus=CPU-host-0of2", "--", "best.yaml"], None),
     (TRAIN, [WHOLE], "cpu", ["train", "--hardware=cpu", "--", "best.yaml"], None),
     (EVALUATE, [WHOLE], "cpu", ["evaluate", "--metric=eval_loss", "--", "runs/a", "-b"], None),
+    (
+        TUNE,
+        [replace(one, node="host/3f2a11") for one in GPUS],  # another node's
+        "auto",
+        [*TUNE.to_argv(), "--hardware=auto", "--address=head:6379", "--gpus=GPU-0,GPU-1"],
+        None,
+    ),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "devices", "hardware", "argv", "visible"), CASES)
 def test_the_command_of_a_driver(arguments, devices, hardware, argv, visible) -> None:
-    made = driver_command(item(1, arguments=arguments), devices, hardware=hardware)
+    made = driver_command(item(1, arguments=arguments), devices, hardware=hardware, address="head:6379")
     assert list(made.argv) == [sys.executable, "-P", "-m", "autosft", *argv]
     assert made.environment.get("CUDA_VISIBLE_DEVICES") == visible
 
