@@ -92,7 +92,9 @@ class NodeWatch:
 
     def _hear(self, said: dict[str, str | int | None]) -> None:
         if "error" in said:
-            self._error = UserError(str(said["error"]), remedy=said["remedy"] and str(said["remedy"]))
+            self._error = UserError(
+                str(said["error"]), remedy=None if said["remedy"] is None else str(said["remedy"])
+            )
             return
         with contextlib.suppress(OSError, UserError):
             written = self._file.stat().st_mtime_ns

@@ -9,7 +9,7 @@ from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile, usab
 from autosft.profiles.hardware.discover import profile_hardware, refresh, select
 from autosft.profiles.hardware.leases import LeaseInfo, Leases
 from autosft.scheduler.decide.sharing import MAX_SHARING, assumed_overhead
-from autosft.service.values import Device
+from autosft.service.values import Device, is_elsewhere
 
 
 class Devices(Protocol):
@@ -50,12 +50,7 @@ def device_kind(profile: DeviceProfile) -> str:
     and a study that does runs on that cluster.
     """
     kind = f"{profile.name}, {profile.total_bytes / (1 << 30):.0f} GiB"
-    return f"{kind}, other nodes" if is_elsewhere(profile) else kind
-
-
-def is_elsewhere(device: DeviceProfile | Device) -> bool:
-    """Whether a device is another node's: `scheduler.cluster.nodes` names these HOST/NODE."""
-    return "/" in device.node
+    return f"{kind}, other nodes" if is_elsewhere(profile.node) else kind
 
 
 def device_from(

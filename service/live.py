@@ -15,10 +15,10 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.profiles.hardware.discover import refresh
 from autosft.service.board import MAX_ENDED, Board, DeviceUse, board_of
-from autosft.service.devices import device_from, is_elsewhere
+from autosft.service.devices import device_from
 from autosft.service.loop import View
 from autosft.service.store.queue_store import QueueStore
-from autosft.service.values import ENDED_STATES, OPEN_STATES, Item
+from autosft.service.values import ENDED_STATES, OPEN_STATES, Item, is_elsewhere
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def uses_of(cluster: ClusterProfile, placed: Collection[Item]) -> tuple[DeviceUs
 def _use(profile: DeviceProfile, placed: Collection[Item], pids: dict[int, set[int]]) -> DeviceUse:
     there = [item for item in placed if item.place is not None and profile.uuid in item.place.device_uuids]
     booked = tuple((item.id, item.place.bytes_each) for item in there if item.place is not None)
-    if is_elsewhere(profile):  # not measured: what was free when its node was asked
+    if is_elsewhere(profile.node):  # not measured: what was free when its node was asked
         return DeviceUse(
             device=device_from(profile, (), own_pids=()),
             booked=booked,

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from autosft.service.devices import is_elsewhere
 from autosft.service.values import Device, Item
 
 #: Commands that take --hardware and --gpus; the others use the devices that they see.
@@ -33,7 +32,7 @@ def driver_command(
     """
     argv = [sys.executable, "-P", "-m", "autosft", *item.arguments.to_argv()]
     uuids = [device.uuid for device in devices]
-    if any(map(is_elsewhere, devices)):
+    if any(device.is_elsewhere for device in devices):
         assert address is not None
         argv += [f"--hardware={hardware}", f"--address={address}", f"--gpus={','.join(uuids)}"]
         return DriverCommand(argv=tuple(argv), environment={})

@@ -25,8 +25,8 @@ from autosft.scheduler.setup.open_study import PlannedStudy, plan_study
 from autosft.scheduler.setup.prompt_set import read_prompt_set
 from autosft.scheduler.train.overrides import LearningRateScaling, Overrides
 from autosft.scheduler.train.training_run import Devices, plan_file
-from autosft.service.devices import device_kind, is_elsewhere
-from autosft.service.values import Arguments, Demand, Way
+from autosft.service.devices import device_kind
+from autosft.service.values import Arguments, Demand, Way, is_elsewhere
 from autosft.studies.request import TuneRequest, read_request, split_searched
 from autosft.studies.trial import ExecutionPlan
 
@@ -73,7 +73,7 @@ def kinds_of(cluster: ClusterProfile) -> Iterator[tuple[str, tuple[DeviceProfile
 
 def here_of(cluster: ClusterProfile) -> ClusterProfile:
     """Return the devices of the server's machine, on which everything but a study runs.  Raises UserError."""
-    here = tuple(device for device in cluster.devices if not is_elsewhere(device))
+    here = tuple(device for device in cluster.devices if not is_elsewhere(device.node))
     if not here:
         raise UserError(
             "Only studies (tune) run on the other nodes of the cluster, and this server's own machine hands "

@@ -12,8 +12,8 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.discover import profile_hardware, save_profile
-from autosft.service.cluster_devices import NodeWatch
 from autosft.service.client import ENDED
+from autosft.service.cluster_devices import NodeWatch
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import TrialState
 from autosft.workers.runners.node import HARDWARE_VARIABLE

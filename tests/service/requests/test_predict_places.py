@@ -10,9 +10,9 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.discover import save_profile
-from autosft.service.devices import device_kind, is_elsewhere
+from autosft.service.devices import device_kind
 from autosft.service.requests.predict import here_of, kinds_of, predict
-from autosft.service.values import Arguments
+from autosft.service.values import Arguments, is_elsewhere
 from tests.scheduler.devices import gpu
 
 HERE = replace(gpu(0), uuid="GPU-here", node="host")
@@ -24,7 +24,7 @@ def cluster(*devices: object) -> ClusterProfile:
 
 
 def test_devices_here_and_there_are_two_kinds() -> None:
-    assert [is_elsewhere(device) for device in (HERE, THERE)] == [False, True]
+    assert [is_elsewhere(device.node) for device in (HERE, THERE)] == [False, True]
     assert device_kind(THERE) == f"{device_kind(HERE)}, other nodes"
     assert [devices for _, devices in kinds_of(cluster(THERE, HERE))] == [(HERE,), (THERE,)]
 
