@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Collection
 from typing import Protocol
 
-from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.profiles.hardware.discover import refresh
 from autosft.service.board import MAX_ENDED, Board, DeviceUse, board_of
@@ -138,12 +137,11 @@ class LiveBoard:
         events = self._queue.events(since=self._event, limit=MAX_EVENTS)
         if not events:
             return False
-        self._event = events[-1].id
         for event in events:
             self._touched[event.item] = event.at
         for number in {event.item for event in events}:
-            with contextlib.suppress(UserError):
-                self._items[number] = self._queue.get(number)
+            self._items[number] = self._queue.get(number)
+        self._event = events[-1].id  # once all is read: a database that goes away meanwhile is asked again
         self._forget()
         if len(events) == MAX_EVENTS:
             self._due.set()
