@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Collection
 from typing import Protocol
 
+from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.profiles.hardware.discover import refresh
 from autosft.service.board import MAX_ENDED, Board, DeviceUse, board_of
@@ -18,6 +19,7 @@ from autosft.service.devices import device_from
 from autosft.service.loop import View
 from autosft.service.store.queue_store import QueueStore
 from autosft.service.values import ENDED_STATES, OPEN_STATES, Item, is_elsewhere
+from autosft.studies.store.database import DatabaseError
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +142,12 @@ class LiveBoard:
         for event in events:
             self._touched[event.item] = event.at
         for number in {event.item for event in events}:
-            self._items[number] = self._queue.get(number)
+            try:
+                self._items[number] = self._queue.get(number)
+            except DatabaseError:
+                raise
+            except UserError:
+                logger.exception("item %d cannot be read", number)  # its row is damaged: the others are shown
         self._event = events[-1].id  # once all is read: a database that goes away meanwhile is asked again
         self._forget()
         if len(events) == MAX_EVENTS:
