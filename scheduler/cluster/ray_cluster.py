@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.profiles.errors import InterruptedRunError, UserError
 from autosft.scheduler.cluster import watchdog
 from autosft.scheduler.cluster.loopback import require_loopback
 from autosft.scheduler.cluster.own_signals import keep_handlers_out, own_sigterm
@@ -64,8 +64,8 @@ class Cluster:
     def wait_until_ready(self) -> None:
         """Wait until Ray is up.
 
-        Raises the error that prevented its start, and StudyFailedError once a part of it has died: Ray itself
-        would wait a minute and then end this process without an exception.
+        Raises the error that prevented its start, and InterruptedRunError once a part of it has died: Ray
+        itself would wait a minute and then end this process without an exception.
         """
         self._is_up.wait()
         if self._error is not None:
@@ -74,7 +74,7 @@ class Cluster:
             if process.poll() is not None:
                 self._lost = f"Ray's {name} has died ({_way_of(process.returncode)})"
         if self._lost:
-            raise StudyFailedError(
+            raise InterruptedRunError(
                 f"{self._lost}. Nothing that was recorded is lost: run the same command again to resume."
             )
         if threading.current_thread() is threading.main_thread():

@@ -80,7 +80,13 @@ class House:
                 stderr=log,
             )
         with self.client(next(iter(self.tokens), None)) as client:
-            self.until(lambda: answers(client))
+            self.until(lambda: self.is_up(client))
+
+    def is_up(self, client: Client) -> bool:
+        """Whether the server answers; it must not have ended."""
+        assert self.server is not None
+        assert self.server.poll() is None, self.said()
+        return answers(client)
 
     def kill_server(self) -> None:
         """Kill the server as the kernel would."""

@@ -56,6 +56,9 @@ ENDS = [
     ("stopped from outside", RUNNING, 130, S.HELD, False),
     ("killed", RUNNING, 137, S.PREEMPTED, True),
     ("killed, without a shell", RUNNING, -9, S.PREEMPTED, True),
+    ("its surroundings failed", RUNNING, 75, S.PREEMPTED, True),
+    ("its surroundings failed for the third time", replace(RUNNING, num_lost=2), 75, S.FAILED, False),
+    ("its surroundings failed while it stopped", STOPPING, 75, S.PREEMPTED, False),
     ("vanished", RUNNING, None, S.PREEMPTED, True),
     ("vanished for the third time", replace(RUNNING, num_lost=2), None, S.FAILED, False),
     ("stopped as asked", STOPPING, 130, S.PREEMPTED, False),
@@ -79,6 +82,13 @@ def test_what_an_end_means(name, before, code, state, was_lost) -> None:
         assert "error: it" in found.note
     if found.state is S.PREEMPTED and before.then is not None:
         assert found.note == "gives way"
+
+
+def test_a_driver_that_was_ended_without_a_word_is_lost_not_failed() -> None:
+    """As Ray does to a process whose cluster's head stays away."""
+    found = outcome(RUNNING, Ended(exit_code=1, message="some line", has_no_word=True))
+    assert (found.state, found.was_lost) == (S.PREEMPTED, True)
+    assert "exit code 1" in found.note
 
 
 def lease(gib: float, pid: int) -> LeaseInfo:
