@@ -1,7 +1,7 @@
 """Kills the parts of a service at random points, over HTTP, until its queue is done.
 
-`torment` submits studies to the server of `served.py`, kills something again and again, and submits more until
-enough was killed; `check` reads what is left and asserts that nothing was lost, doubled or orphaned.
+`torment` submits studies to the server of `served.py`, kills something again and again, and submits
+more until enough was killed; `check` reads what is left and asserts that nothing was lost, doubled or orphaned.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.faults.holds import check_curve
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 900.0
-NUM_TRIALS = 3
+NUM_TRIALS = 10
 NUM_STUDIES = 3  # at once
 DEATH_S = 20.0
 
