@@ -1,7 +1,8 @@
 """Kills the parts of a service at random points, over HTTP, until its queue is done.
 
 `torment` submits studies to the server of `served.py`, kills something again and again, and submits
-more until enough was killed; `check` reads what is left and asserts that nothing was lost, doubled or orphaned.
+more until enough was killed; `check` reads what is left and asserts that nothing was lost, doubled or
+orphaned.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import psutil
 
 from autosft.profiles.errors import UserError
 from autosft.service.client import ENDED, Client
+from autosft.service.drivers import launch
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import TrialState
 from tests.faults import chaos as of_studies
@@ -118,7 +120,7 @@ def torment(chaos: Chaos) -> None:
 
 def start(chaos: Chaos) -> None:
     """Start a server, and wait until it answers."""
-    launch(chaos)
+    launch_server(chaos)
     with Client(f"http://127.0.0.1:{chaos.port}") as client:
         while not is_answering(client):
             assert chaos.server is not None
@@ -126,7 +128,7 @@ def start(chaos: Chaos) -> None:
             time.sleep(0.05)
 
 
-def launch(chaos: Chaos) -> None:
+def launch_server(chaos: Chaos) -> None:
     options = {"url": chaos.url, "folder": str(chaos.folder), "port": chaos.port}
     with (chaos.folder / "server.log").open("ab") as log:
         chaos.server = subprocess.Popen(
@@ -223,7 +225,7 @@ def kill_something(chaos: Chaos, client: Client, draw: random.Random) -> None:
             start(chaos)
         case Part.STARTING:
             end_server(chaos)
-            launch(chaos)
+            launch_server(chaos)
             time.sleep(draw.uniform(0.0, 3.0))
             end_server(chaos)
             start(chaos)
@@ -253,6 +255,8 @@ def parts_of(chaos: Chaos) -> dict[Part, list[psutil.Process]]:
     for process in processes(chaos):
         with contextlib.suppress(psutil.Error):
             line = process.cmdline()
+            if launch.__name__ in line and not line[0].endswith("sh"):
+                continue  # it has not claimed its item yet
             if "tests.faults.driver" in line:
                 found[Part.SHELL if line[0].endswith("sh") else Part.DRIVER].append(process)
             elif (part := of_studies.part_of(process)) in OF_STUDIES:
