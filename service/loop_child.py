@@ -124,8 +124,8 @@ class LoopChild:
             start_new_session=True,  # Ctrl+C is the server's
         )
         self._process, self._received = process, Board()
+        assert process.stdin is not None
         try:
-            assert process.stdin is not None
             pickle.dump(self._settings, process.stdin)
             process.stdin.flush()
             first = _read(process)
