@@ -23,7 +23,7 @@ from autosft.service import watch_nodes
 from autosft.service.devices import MachineDevices, device_from
 from autosft.service.values import Device
 
-#: How long nodes are waited for at the start; without a word for so long they count as gone.
+#: How long nodes are waited for at the start; a file that is as old means that they are gone.
 FIRST_S, SILENT_S = 120.0, 30.0
 #: Between the end of a watcher and the start of the next.
 AGAIN_S = 5.0
@@ -36,10 +36,8 @@ class NodeWatch:
         """`file` is where the watcher writes what it finds."""
         self._command = python("-m", watch_nodes.__name__, address, str(file))
         self._file, self._log = file, log
-        self._devices: tuple[DeviceProfile, ...] = ()
-        self._written: int | None = None
+        self._num_changes: str | int | None = None
         self._on_change: Callable[[], None] = lambda: None
-        self._heard_at = float("-inf")
         self._error: UserError | None = None
         self._first, self._is_over = threading.Event(), threading.Event()
         self._process: subprocess.Popen[str] | None = None
@@ -56,10 +54,6 @@ class NodeWatch:
         self._first.wait(timeout_s)
         if self._error is not None:
             raise self._error
-
-    def devices(self) -> tuple[DeviceProfile, ...]:
-        """Return what the other nodes have; nothing while the cluster does not answer."""
-        return self._devices if time.monotonic() - self._heard_at < SILENT_S else ()
 
     def close(self) -> None:
         """End the watcher."""
@@ -96,17 +90,31 @@ class NodeWatch:
                 str(said["error"]), remedy=None if said["remedy"] is None else str(said["remedy"])
             )
             return
-        with contextlib.suppress(OSError, UserError):
-            written = self._file.stat().st_mtime_ns
-            if written != self._written:
-                self._written, self._devices = written, _devices_in(self._file)
-                self._on_change()
-        self._error, self._heard_at = None, time.monotonic()
+        if (found := said["num_changes"]) != self._num_changes:
+            self._num_changes = found
+            self._on_change()
+        self._error = None
         self._first.set()
 
 
-def _devices_in(file: Path) -> tuple[DeviceProfile, ...]:
-    return load_profile(file).devices
+class NodeFile:
+    """What the watcher has written; read by whoever places something, in any process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: tuple[int, tuple[DeviceProfile, ...]] = (0, ())
+
+    def devices(self) -> tuple[DeviceProfile, ...]:
+        """Return what the other nodes have; nothing while the cluster does not answer."""
+        try:
+            found = self._path.stat()
+            if time.time() - found.st_mtime > SILENT_S:
+                return ()
+            if found.st_ino != self._known[0]:
+                self._known = found.st_ino, load_profile(self._path).devices
+        except (OSError, UserError):  # there is none yet
+            return ()
+        return self._known[1]
 
 
 class ClusterDevices:
@@ -117,7 +125,7 @@ class ClusterDevices:
     """
 
     def __init__(
-        self, here: MachineDevices, nodes: NodeWatch, *, has_own: bool, leases: Leases | None = None
+        self, here: MachineDevices, nodes: NodeFile, *, has_own: bool, leases: Leases | None = None
     ) -> None:
         self._here, self._nodes, self._has_own = here, nodes, has_own
         self._leases = leases or Leases()
@@ -146,3 +154,15 @@ class ClusterDevices:
         """
         others = [lease for lease in self._leases.held(profile.uuid) if lease.pid not in own_pids]
         return device_from(profile, others, own_pids=own_pids)
+
+
+HandedOut = MachineDevices | ClusterDevices
+
+
+def devices_of(hardware: str, gpus: str | None, *, address: str | None, nodes_file: Path) -> HandedOut:
+    """Return the devices of this machine, with `address` those of the cluster's other nodes, too."""
+    here = MachineDevices(hardware, gpus=gpus)
+    if address is None:
+        return here
+    has_gpu = any(device.kind.traits.is_gpu for device in here.cluster.devices)
+    return ClusterDevices(here, NodeFile(nodes_file), has_own=has_gpu or hardware != "auto")

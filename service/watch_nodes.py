@@ -2,8 +2,8 @@
 
     python -m autosft.service.watch_nodes ADDRESS FILE
 
-Writes what they have to FILE whenever it changes, and a line to standard output with each look; an error as
-its last line.  Ends with its standard input, which is the server's.
+Writes what they have to FILE whenever it changes, and touches it with each look; says each look on standard
+output, an error as its last line.  Ends with its standard input, which is the server's.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main(address: str, file: str) -> None:
 def _watch(address: str, file: Path, out: IO[str]) -> None:
     with look_at(address) as nodes, closing(NodeDevices(nodes, NOBODY)) as devices:
         known: ClusterProfile | None = None
+        num_changes = 0
         while True:
             found = devices.devices()
             if found != known:
@@ -47,8 +48,10 @@ def _watch(address: str, file: Path, out: IO[str]) -> None:
                 save_profile(found, part)
                 part.replace(file)
                 known = found
+                num_changes += 1
             nodes.other_nodes()  # raises once the head is gone; without it no node answers
-            _say(out, {"num_devices": len(found.devices)})
+            os.utime(file)
+            _say(out, {"num_changes": num_changes})
             if select.select([sys.stdin], [], [], LOOK_S)[0]:
                 return
 

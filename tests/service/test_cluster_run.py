@@ -13,7 +13,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.discover import profile_hardware, save_profile
 from autosft.service.client import ENDED
-from autosft.service.cluster_devices import NodeWatch
+from autosft.service.cluster_devices import NodeFile, NodeWatch
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import TrialState
 from autosft.workers.runners.node import HARDWARE_VARIABLE
@@ -104,4 +104,4 @@ def test_a_cluster_that_does_not_answer_is_said(tmp_path: Path) -> None:
         watch.begin(on_change=lambda: None)
         with pytest.raises(UserError, match=r"no Ray cluster answers at 127\.0\.0\.1:1"):
             watch.wait()
-        assert watch.devices() == ()
+    assert NodeFile(tmp_path / "nodes.json").devices() == ()
