@@ -67,7 +67,7 @@ def _login() -> str:
 class Server:
     """A server that has been put together; `begin`, then `end`."""
 
-    def __init__(self, service: Service, child: LoopChild, devices: MachineDevices) -> None:
+    def __init__(self, service: Service, child: LoopChild, devices: HandedOut) -> None:
         self.service, self.app = service, create_app(service)
         self._child, self._devices = child, devices
 
