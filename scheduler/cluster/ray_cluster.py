@@ -26,6 +26,7 @@ from typing import Any
 
 from autosft.profiles.errors import InterruptedRunError, UserError
 from autosft.scheduler.cluster import watchdog
+from autosft.scheduler.cluster.asking_nodes import Onlooker, alive_nodes, run_on
 from autosft.scheduler.cluster.loopback import require_loopback
 from autosft.scheduler.cluster.own_signals import keep_handlers_out, own_sigterm
 from autosft.scheduler.cluster.run_folder import guarded, run_folder
@@ -85,14 +86,14 @@ class Cluster:
         """Return the names of the other live nodes, by Ray's node id."""
         if not self.is_guest:
             return {}
-        alive, is_here = _alive_nodes()
+        alive, is_here = alive_nodes()
         if not is_here:
             self._lost = "this machine's raylet has died"
         return alive
 
     def on_node(self, node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
         """Run a function on a node."""
-        return _run_on(node, function, *arguments)
+        return run_on(node, function, *arguments)
 
     def runner(self, **options: Any) -> TrialRunner:
         """Return a runner of trials on this cluster; options as in `RayTrialRunner`."""
@@ -293,18 +294,6 @@ def connect(
                 watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
 
 
-class Onlooker:
-    """A cluster whose nodes are asked and on which no trial runs; valid inside `look_at`."""
-
-    def other_nodes(self) -> dict[str, str]:
-        """Return the names of the other live nodes, by Ray's node id."""
-        return _alive_nodes()[0]
-
-    def on_node(self, node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
-        """Run a function on a node."""
-        return _run_on(node, function, *arguments)
-
-
 @contextlib.contextmanager
 def look_at(address: str, *, timeout_s: float = 5.0) -> Iterator[Onlooker]:
     """Ask the nodes of a running cluster; raises as `connect`."""
@@ -319,25 +308,6 @@ def look_at(address: str, *, timeout_s: float = 5.0) -> Iterator[Onlooker]:
             yield Onlooker()
         finally:
             ray.shutdown()
-
-
-def _alive_nodes() -> tuple[dict[str, str], bool]:
-    """Return the names of the other live nodes by Ray's id, and whether this machine's is alive."""
-    import ray
-
-    here = ray.get_runtime_context().get_node_id()
-    alive = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    return alive, alive.pop(here, None) is not None
-
-
-def _run_on(node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-    task = ray.remote(function).options(num_cpus=0, scheduling_strategy=there)
-    answer: Future[Any] = task.remote(*arguments).future()
-    return answer
 
 
 def _connected(address: str, starter: WarmServer) -> Cluster:

@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,9 +19,7 @@ from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.busy import busy_notes, load_now
-from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
-from autosft.profiles.hardware.discover import named_by_uuid
+from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.masking import masked
 from autosft.profiles.model.profile import ModelProfile
@@ -50,8 +48,9 @@ from autosft.scheduler.setup.folders import (
     shared_cache,
 )
 from autosft.scheduler.setup.inputs import (
+    chosen_anywhere,
     data_options,
-    devices_here,
+    found_devices,
     read_inputs,
     require_plausible_inputs,
     with_full_paths,
@@ -190,32 +189,6 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
 
 
 # Where trials run
-
-
-def found_devices(request: TuneRequest, observe: Observer) -> ClusterProfile:
-    """Return the devices of this machine that the request names; report those that others keep busy.
-
-    UUIDs name devices of every node of the cluster at --address: `open_platform` chooses among them.
-    """
-    if chosen_anywhere(request) is not None:
-        named = len(str(request.gpus).split(","))
-        if request.num_gpus not in (None, named):
-            raise UserError(
-                f"--gpus names {named} devices, and --num-gpus {request.num_gpus} asks for as many.",
-                remedy="Give one of them.",
-            )
-        return devices_here(request.hardware)
-    hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
-    for note in busy_notes(hardware.devices, load_now()):
-        observe(Note(message=note))
-    return hardware
-
-
-def chosen_anywhere(request: TuneRequest) -> Callable[[DeviceProfile], bool] | None:
-    """Return whether a device of the cluster at --address is asked for; None if all of them are."""
-    if request.address is None or request.gpus is None:
-        return None
-    return named_by_uuid(request.gpus)
 
 
 def imports_for(request: TuneRequest) -> tuple[str, ...]:

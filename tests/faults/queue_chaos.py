@@ -46,6 +46,7 @@ class Part(enum.Enum):
     SERVER = "server"  #: it is started again at once
     STARTING = "server that starts"
     SUBMITTING = "server that is sent a study"  #: which is sent again with the same key
+    SCHEDULER = "scheduler's process"  #: which the server starts again
     DRIVER = "driver"
     SHELL = "shell of a driver"  #: which would have written its exit code
     DATABASE = "database, away for a while"  #: PostgreSQL
@@ -255,6 +256,8 @@ def parts_of(chaos: Chaos) -> dict[Part, list[psutil.Process]]:
     for process in processes(chaos):
         with contextlib.suppress(psutil.Error):
             line = process.cmdline()
+            if "tests.faults.served_loop" in line:
+                found[Part.SCHEDULER].append(process)
             if launch.__name__ in line and not line[0].endswith("sh"):
                 continue  # it has not claimed its item yet
             if "tests.faults.driver" in line:

@@ -2,14 +2,15 @@
 
     python -m tests.faults.served '{"url": ..., "folder": ..., "port": ...}'
 
-Everything is the product's but two parts: what an item needs is known, and its driver is `driver.py`.
+Everything is the product's but two parts: what an item needs is known, and its driver is `driver.py`
+(`served_loop.py`).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from autosft.commands.service_flags import TyperCommandLine
 from autosft.profiles.hardware.discover import profile_hardware
 from autosft.service import server
 from autosft.service.devices import device_kind
-from autosft.service.drivers.command import DriverCommand
 from autosft.service.requests.limits import Limits
-from autosft.service.values import Demand, Device, Item, Way
+from autosft.service.settings import Settings
+from autosft.service.values import Demand, Way
 from autosft.studies.wire import to_plain
+from tests.faults import served_loop
 
 RUN_S = 40.0
 NEED_BYTES = 256 << 20
@@ -57,26 +59,12 @@ class KnowingPlanner:
     def close(self) -> None: ...
 
 
-def study_without_model(item: Item, _devices: Sequence[Device], settings: server.Settings) -> DriverCommand:
-    flags = dict(item.arguments.flags)
-    folder = settings.limits.outputs / item.name
-    folder.mkdir(exist_ok=True)
-    options = {
-        "url": settings.storage,
-        "folder": str(folder),
-        "num_trials": int(flags["--trials"]),
-        "study": item.name,
-    }
-    command = (sys.executable, "-m", "tests.faults.driver", json.dumps(options))
-    return DriverCommand(argv=command, environment={"RAY_gcs_rpc_server_reconnect_timeout_s": "5"})
-
-
 def main() -> None:
     given = json.loads(sys.argv[1])
     folder = Path(given["folder"])
     server.Planner = KnowingPlanner  # type: ignore[misc, assignment]
-    server.recorded = study_without_model
-    settings = server.Settings(
+    server.loop_process = served_loop
+    settings = Settings(
         storage=given["url"],
         folder=folder / "service",
         limits=Limits(folders=(), outputs=folder / "outputs"),

@@ -16,7 +16,7 @@ from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.known_devices import cluster_from_name
 from autosft.scheduler.cluster.nodes import NodeDevices, require_everywhere
 from autosft.scheduler.setup.folders import require_shared
-from autosft.scheduler.setup.open_study import chosen_anywhere
+from autosft.scheduler.setup.inputs import chosen_anywhere
 from autosft.studies.request import TuneRequest
 
 
