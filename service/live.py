@@ -22,8 +22,8 @@ from autosft.service.values import ENDED_STATES, OPEN_STATES, Item
 
 logger = logging.getLogger(__name__)
 
-#: How often the picture is made, memory measured; how old a look of the loop may be.
-EVERY_S, MEASURE_S, ALIVE_S = 0.5, 5.0, 120.0
+#: How often the picture is made, and memory measured.
+EVERY_S, MEASURE_S = 0.5, 5.0
 #: What comes in together is looked at together: a long queue takes the loop a tenth of a second.
 WAKE_S = 1.0
 MAX_EVENTS = 1000
@@ -86,9 +86,6 @@ class LiveBoard:
             self._loop.wake()
         self._due.set()
 
-    def is_alive(self) -> bool:
-        return self._clock() - self._looked_at < ALIVE_S
-
     # The thread
 
     def begin(self) -> None:
@@ -128,6 +125,7 @@ class LiveBoard:
             known,
             self._devices,
             now=now,
+            looked_at=self._looked_at,
             is_draining=self.is_draining,
         )
         for publish in self._publish:

@@ -15,7 +15,8 @@ from autosft.commands.options import Hardware, Quiet, Storage, application, teac
 from autosft.profiles.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
-    from autosft.service.server import Server, Settings
+    from autosft.service.server import Server
+    from autosft.service.settings import Settings
 
 app = application()
 app.add_typer(serve_users.app, name="users")
@@ -84,7 +85,7 @@ def serve(
     require_parts()
     from autosft.profiles.own_folders import data_folder
     from autosft.service.requests.limits import Limits
-    from autosft.service.server import Settings
+    from autosft.service.settings import Settings
     from autosft.studies.store.database import default_storage_url
 
     own = data_folder()
@@ -166,6 +167,8 @@ def serve_http(server: Server, settings: Settings, *, on_stop: OnStop) -> None:
     """Answer requests until SIGINT or SIGTERM, then stop as asked."""
     import uvicorn
 
+    from autosft.service.loop_process import LOG_FORMAT
+
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     config = uvicorn.Config(
         server.app,
@@ -197,12 +200,8 @@ def serve_http(server: Server, settings: Settings, *, on_stop: OnStop) -> None:
         server.end(checkpoint=on_stop == "checkpoint")
         going_on = "save a checkpoint and end" if on_stop == "checkpoint" else "go on"
         typer.echo(f"Stopped; what runs is left to {going_on}. The next server takes it up.")
-    if server.replaced.is_set():
+    if server.is_replaced:
         raise UserError("Another server has taken over this queue.")
-
-
-#: As journald and log collectors like it: one line, level and logger first.
-LOG_FORMAT = "%(asctime)s level=%(levelname)s logger=%(name)s msg=%(message)s"
 
 
 def bound(settings: Settings) -> Any:

@@ -50,10 +50,6 @@ class ProcessDrivers:
         self._children: dict[str, subprocess.Popen[bytes]] = {}  # by launch
         self._dead_since: dict[str, float] = {}
 
-    def log_path(self, item_id: int) -> Path:
-        """Return where an item's drivers write what they say, one start after the other."""
-        return self._item_folder(item_id) / "log.txt"
-
     def start(self, item: Item, devices: Sequence[Device]) -> None:
         made = self._command(item, devices)
         folder = self._item_folder(item.id)
@@ -66,7 +62,7 @@ class ProcessDrivers:
             launch.LAUNCH: item.launch,
         }
         claim = (sys.executable, "-P", "-m", launch.__name__)
-        with self.log_path(item.id).open("ab") as log:
+        with log_path(self.folder, item.id).open("ab") as log:
             self._children[item.launch] = subprocess.Popen(  # nosec B603
                 ["/bin/sh", "-c", _WAIT, "sh", str(self._exit_path(item)), *claim, *made.argv],
                 cwd=folder,
@@ -124,7 +120,7 @@ class ProcessDrivers:
                 del self._children[launched]
 
     def _item_folder(self, item_id: int) -> Path:
-        return self.folder / f"{item_id:06d}"
+        return _item_folder(self.folder, item_id)
 
     def _exit_path(self, item: Item) -> Path:
         return self._item_folder(item.id) / f"exit-{item.launch}"
@@ -144,7 +140,7 @@ class ProcessDrivers:
     def _last_words(self, item_id: int) -> str:
         """Return the error that a driver ended with, or else the last line of its log."""
         try:
-            with self.log_path(item_id).open("rb") as log:
+            with log_path(self.folder, item_id).open("rb") as log:
                 log.seek(max(0, log.seek(0, os.SEEK_END) - 16_384))
                 lines = log.read().decode("utf-8", "replace").splitlines()
         except OSError:
@@ -152,6 +148,15 @@ class ProcessDrivers:
         said = [line.strip() for line in lines if line.strip()]
         errors = [at for at, line in enumerate(said) if line.lower().startswith("error:")]
         return "\n".join(said[errors[-1] :] if errors else said[-1:])[:MAX_MESSAGE]
+
+
+def log_path(folder: Path, item_id: int) -> Path:
+    """Return where an item's drivers write what they say, one start after the other."""
+    return _item_folder(folder, item_id) / "log.txt"
+
+
+def _item_folder(folder: Path, item_id: int) -> Path:
+    return folder / f"{item_id:06d}"
 
 
 def is_alive(process: Driver) -> bool:
