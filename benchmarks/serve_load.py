@@ -2,10 +2,10 @@
 
     python -m benchmarks.serve_load --clients 200 --queued 1000 --running 400 --seconds 60
 
-A server of its own on loopback, in a process of its own, with the real queue, loop, picture and application
+A server of its own on loopback, in its two processes, with the real queue, loop, picture and application
 over SQLite; only devices and drivers are fakes (`tests/service/fake_drivers.py`), and plans are known.  The
 load comes from locust (pip install locust), which takes about as much of a core as the server.  Prints
-latencies by kind of request, the server's processor time, and its memory before and after.
+latencies by kind of request, the processor time of the server's processes, and their memory.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import pickle
 import socket
 import subprocess
 import sys
@@ -31,17 +32,15 @@ NUM_SHARING = 4  # items on a device
 
 def serve(port: int, folder: Path, *, num_queued: int, num_running: int) -> None:
     """Serve a queue of this length until the process is ended."""
+    import gc
+
     import uvicorn
 
     from autosft.service.api.app import create_app
-    from autosft.service.board import DeviceUse
-    from autosft.service.live import LiveBoard
-    from autosft.service.loop import Loop
+    from autosft.service.loop_child import LoopChild
     from autosft.service.values import Demand
-    from autosft.studies.values import Driver
     from tests.service.api.fakes import FITS, ROOT, prediction, served
-    from tests.service.examples import GIB, device, submission, way
-    from tests.service.fake_drivers import FakeDevices, FakeDrivers, Script, World
+    from tests.service.examples import submission, way
 
     host = f"127.0.0.1:{port}"
     with served(folder, local_user=ROOT, hosts=frozenset({host}), clock=time.time) as service:
@@ -52,26 +51,48 @@ def serve(port: int, folder: Path, *, num_queued: int, num_running: int) -> None
         for number in range(num_queued + num_running):
             one = submission(f"study-{number:05d}", owner=f"user-{number % 20}", demand=Demand(ways=(made,)))
             service.queue.submit(one, now=time.time())
-        devices = tuple(device(number) for number in range(num_running // NUM_SHARING))
-        script = Script(seconds=7200.0)
-        world = World(service.queue, now=time.time(), devices=devices, script=lambda _: script)
-        loop = Loop(service.queue, devices=FakeDevices(world), drivers=FakeDrivers(world), clock=time.time)
-        uses = tuple(DeviceUse(device=each, free_bytes=20 * GIB) for each in devices)
-        live = LiveBoard(service.queue, loop, clock=time.time, uses=lambda _: uses)
-        live.listen(service.hub.publish)
-        service.scheduler = live
-        loop.begin(Driver.current())
-        live.begin()
-
-        def pass_time() -> None:
-            while True:
-                with contextlib.suppress(Exception):
-                    world.advance(max(0.0, time.time() - world.now))
-                time.sleep(0.5)
-
-        for work in (pass_time, live.run, lambda: loop.run(lambda: False)):
-            threading.Thread(target=work, daemon=True).start()
+        command = [sys.executable, "-m", "benchmarks.serve_load", "--scheduler"]
+        command += ["--folder", str(folder), "--running", str(num_running)]
+        service.scheduler = LoopChild(command, None, clock=time.time, publish=service.hub.publish)
+        service.scheduler.begin()
+        gc.collect()
+        gc.freeze()
         uvicorn.run(create_app(service), host="127.0.0.1", port=port, log_level="warning", access_log=False)
+
+
+def schedule(folder: Path, *, num_running: int) -> None:
+    """Be the scheduler's process, over fakes."""
+    import os
+
+    from autosft.service.board import DeviceUse
+    from autosft.service.live import LiveBoard
+    from autosft.service.loop import Loop
+    from autosft.service.loop_process import Outbox, Parts, Work
+    from autosft.service.store.queue_store import open_queue
+    from tests.service.examples import GIB, device
+    from tests.service.fake_drivers import FakeDevices, FakeDrivers, Script, World
+
+    commands = os.fdopen(os.dup(0), "rb")
+    pickle.load(commands)
+    queue = open_queue(f"sqlite:///{folder}/studies.db")
+    devices = tuple(device(number) for number in range(num_running // NUM_SHARING))
+    script = Script(seconds=7200.0)
+    world = World(queue, now=time.time(), devices=devices, script=lambda _: script)
+    drivers = FakeDrivers(world)
+    loop = Loop(queue, devices=FakeDevices(world), drivers=drivers, clock=time.time)
+    uses = tuple(DeviceUse(device=each, free_bytes=20 * GIB) for each in devices)
+    live = LiveBoard(queue, loop, clock=time.time, uses=lambda _: uses)
+
+    def pass_time() -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                world.advance(max(0.0, time.time() - world.now))
+            time.sleep(0.5)
+
+    threading.Thread(target=pass_time, daemon=True).start()
+    with os.fdopen(os.dup(1), "wb") as out:
+        parts = Parts(queue=queue, loop=loop, live=live, drivers=drivers, url="")
+        Work(parts, Outbox(out)).run(commands)
 
 
 def wait_for(port: int, num_running: int) -> None:
@@ -98,13 +119,23 @@ def locust(port: int, folder: Path, *, num_clients: int, seconds: int) -> list[d
         return list(csv.DictReader(file))
 
 
+def cost(process: psutil.Process) -> tuple[float, int]:
+    """Return what a process has used of a core, in seconds, and the bytes that it holds."""
+    used = process.cpu_times()
+    return used.user + used.system, process.memory_info().rss
+
+
 def main() -> None:
     options = argparse.ArgumentParser()
     for name, default in (("clients", 200), ("queued", 1000), ("running", 400), ("seconds", 60)):
         options.add_argument(f"--{name}", type=int, default=default)
     options.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    options.add_argument("--scheduler", action="store_true", help=argparse.SUPPRESS)
     options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     given: Any = options.parse_args()
+    if given.scheduler:
+        schedule(given.folder, num_running=given.running)
+        return
     if given.serve:
         serve(given.serve, given.folder, num_queued=given.queued, num_running=given.running)
         return
@@ -117,12 +148,13 @@ def main() -> None:
         server = subprocess.Popen([*command, *numbers])
         try:
             wait_for(port, given.running)
-            process = psutil.Process(server.pid)
-            before, used = process.memory_info().rss, process.cpu_times()
+            both = {"answers": psutil.Process(server.pid)}
+            [both["schedules"]] = both["answers"].children()
+            before = {name: cost(process) for name, process in both.items()}
             began = time.monotonic()
             rows = locust(port, Path(name), num_clients=given.clients, seconds=given.seconds)
             took = time.monotonic() - began
-            after, used_after = process.memory_info().rss, process.cpu_times()
+            after = {name: cost(process) for name, process in both.items()}
         finally:
             server.kill()
             server.wait()
@@ -134,8 +166,9 @@ def main() -> None:
             f"{float(row['Requests/s']):6.1f} {row['50%']:>8} {row['95%']:>7} {row['99%']:>7} "
             f"{row['100%']:>7}"
         )
-    cpu = used_after.user + used_after.system - used.user - used.system
-    print(f"server: {cpu / took:.2f} cores, {before >> 20} MiB before, {after >> 20} MiB after")
+    for name, (used_s, num_bytes) in after.items():
+        share, mib = (used_s - before[name][0]) / took, before[name][1] >> 20
+        print(f"process that {name}: {share:.2f} cores, {mib} MiB before, {num_bytes >> 20} MiB after")
     print(f"load of the machine: {psutil.getloadavg()[0]:.1f} on {psutil.cpu_count()} cores")
 
 

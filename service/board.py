@@ -1,10 +1,12 @@
 """What the server shows of its queue: one frozen picture, made after each decision and read by everybody.
 
-Reading it takes no database and no lock, so that a thousand readers cost the scheduler nothing.
+Reading it takes no database and no lock, so that a thousand readers cost the scheduler nothing.  From the
+scheduler's process to the one that answers go only the changes: `difference` and `applied` are inverse.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,20 +25,26 @@ class DeviceUse:
     measured: tuple[tuple[int, int], ...] = ()  # (item, what its processes hold now)
     others_bytes: int = 0  # measured: processes that are not ours
     free_bytes: int = 0  # measured
+    is_measured: bool = True  # False for other nodes: what others hold and is free was seen when they joined
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Board:
     """The queue at one moment."""
 
     at: float = 0.0  # UNIX seconds
+    looked_at: float = float("-inf")  # when the loop had last looked at the queue
     items: tuple[Item, ...] = ()  # open ones in the order of the queue, then ended ones, the newest first
     reasons: Mapping[int, Reason] = field(default_factory=dict)
     devices: tuple[DeviceUse, ...] = ()
     is_draining: bool = False  # nothing starts any more
 
-    def places(self) -> dict[int, int]:
+    def places(self) -> Mapping[int, int]:
         """Return the place of each item that waits, from 1."""
+        return self._places
+
+    @functools.cached_property
+    def _places(self) -> Mapping[int, int]:
         queued = [item.id for item in self.items if item.is_queued and item.id in self.reasons]
         return {item: number for number, item in enumerate(queued, start=1)}
 
@@ -52,6 +60,7 @@ def board_of(
     devices: Sequence[DeviceUse],
     *,
     now: float,
+    looked_at: float = float("-inf"),
     is_draining: bool = False,
 ) -> Board:
     """Return the picture after a decision: what runs, what waits in its order, what else there is.
@@ -71,8 +80,58 @@ def board_of(
     latest = sorted(ended, key=lambda item: (item.ended_at or 0.0, item.id), reverse=True)[:MAX_ENDED]
     return Board(
         at=now,
+        looked_at=looked_at,
         items=(*sorted(items, key=place), *latest),
         reasons=reasons,
         devices=tuple(devices),
         is_draining=is_draining,
+    )
+
+
+# From one process to another
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What makes the next picture of one; `None` is as before."""
+
+    at: float
+    looked_at: float
+    items: tuple[Item, ...]  # new, or not as before
+    order: tuple[int, ...] | None  # ids of all items that are shown
+    reasons: Mapping[int, Reason | None]  # new, or not as before; None: it has none any more
+    devices: tuple[DeviceUse, ...] | None
+    is_draining: bool
+
+
+def difference(before: Board, after: Board) -> Change:
+    """Return what `applied` makes `after` of `before` with."""
+    known = {item.id: item for item in before.items}
+    order = tuple(item.id for item in after.items)
+    reasons: dict[int, Reason | None] = dict.fromkeys(before.reasons.keys() - after.reasons.keys())
+    reasons |= {item: reason for item, reason in after.reasons.items() if before.reasons.get(item) != reason}
+    return Change(
+        at=after.at,
+        looked_at=after.looked_at,
+        items=tuple(item for item in after.items if known.get(item.id) != item),
+        order=None if order == tuple(known) else order,
+        reasons=reasons,
+        devices=None if after.devices == before.devices else after.devices,
+        is_draining=after.is_draining,
+    )
+
+
+def applied(before: Board, change: Change) -> Board:
+    """Return the picture after a change; what has not changed is the same object."""
+    known = {item.id: item for item in before.items}
+    order = tuple(known) if change.order is None else change.order
+    known |= {item.id: item for item in change.items}
+    reasons = {**before.reasons, **change.reasons} if change.reasons else before.reasons
+    return Board(
+        at=change.at,
+        looked_at=change.looked_at,
+        items=tuple(known[number] for number in order),
+        reasons={item: reason for item, reason in reasons.items() if reason is not None},
+        devices=before.devices if change.devices is None else change.devices,
+        is_draining=change.is_draining,
     )

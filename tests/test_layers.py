@@ -29,6 +29,7 @@ VIOLATIONS = {
         ("service.values", "service.store.queue_store"),
         ("service.decide.shares", "service.store.usage"),
         ("service.drivers.command", "service.loop"),
+        ("service.live", "service.loop_child"),
     ],
     "rooms of scheduler": [
         ("scheduler.study_run", "scheduler.loop.state"),

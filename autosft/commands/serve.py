@@ -15,7 +15,8 @@ from autosft.commands.options import Hardware, Quiet, Storage, application, teac
 from autosft.profiles.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
-    from autosft.service.server import Server, Settings
+    from autosft.service.server import Server
+    from autosft.service.settings import Settings
 
 app = application()
 app.add_typer(serve_users.app, name="users")
@@ -57,6 +58,10 @@ def serve(
     ] = False,
     hardware: Hardware = "auto",
     gpus: Annotated[str | None, typer.Option(metavar="2,3", help="Hand out these GPUs, by index.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Hand out the devices of a running Ray cluster, too."),
+    ] = None,
     hub: Annotated[
         bool, typer.Option("--hub/--no-hub", help="Whether models and data are loaded from the hub.")
     ] = True,
@@ -66,6 +71,12 @@ def serve(
             "--allow-code", help="Run code and call addresses that requests name; for friends only."
         ),
     ] = False,
+    preempt_after: Annotated[
+        str,
+        typer.Option(
+            metavar="5m", help="How long the first in the queue has to wait before lower priorities give way."
+        ),
+    ] = "5m",
     on_stop: Annotated[
         OnStop,
         typer.Option(
@@ -83,8 +94,9 @@ def serve(
         return
     require_parts()
     from autosft.profiles.own_folders import data_folder
+    from autosft.service.decide.situation import Policy
     from autosft.service.requests.limits import Limits
-    from autosft.service.server import Settings
+    from autosft.service.settings import Settings
     from autosft.studies.store.database import default_storage_url
 
     own = data_folder()
@@ -102,7 +114,9 @@ def serve(
         host_names=tuple(host_name or ()),
         hardware=hardware,
         gpus=gpus,
+        address=address,
         is_behind_tls=behind_tls,
+        policy=Policy(preempt_after_s=duration("--preempt-after", preempt_after)),
     )
     run(settings, on_stop=on_stop, is_check=check, is_quiet=quiet)
 
@@ -114,6 +128,18 @@ def require_parts() -> None:
     for name in ("fastapi", "uvicorn", "prometheus_client", "a2wsgi"):
         if importlib.util.find_spec(name) is None:
             raise MissingExtraError(what="autosft serve", extra="serve")
+
+
+def duration(flag: str, text: str) -> float:
+    """Return the seconds of a duration such as 5m.  Raises UserError."""
+    from autosft.studies.quantities import parse_duration
+
+    if text.strip() == "0":
+        return 0.0
+    try:
+        return parse_duration(text)
+    except UserError as error:
+        raise UserError(f"{flag}: {error.message}", remedy=error.remedy) from error
 
 
 def existing(folder: Path) -> Path:
@@ -166,6 +192,8 @@ def serve_http(server: Server, settings: Settings, *, on_stop: OnStop) -> None:
     """Answer requests until SIGINT or SIGTERM, then stop as asked."""
     import uvicorn
 
+    from autosft.service.loop_process import LOG_FORMAT
+
     logging.basicConfig(level=logging.INFO, format=LOG_FORMAT, stream=sys.stderr)
     config = uvicorn.Config(
         server.app,
@@ -197,12 +225,8 @@ def serve_http(server: Server, settings: Settings, *, on_stop: OnStop) -> None:
         server.end(checkpoint=on_stop == "checkpoint")
         going_on = "save a checkpoint and end" if on_stop == "checkpoint" else "go on"
         typer.echo(f"Stopped; what runs is left to {going_on}. The next server takes it up.")
-    if server.replaced.is_set():
+    if server.is_replaced:
         raise UserError("Another server has taken over this queue.")
-
-
-#: As journald and log collectors like it: one line, level and logger first.
-LOG_FORMAT = "%(asctime)s level=%(levelname)s logger=%(name)s msg=%(message)s"
 
 
 def bound(settings: Settings) -> Any:

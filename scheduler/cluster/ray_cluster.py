@@ -1,9 +1,8 @@
 """Ray on this machine for as long as a command runs, or an existing cluster.
 
-A local Ray is private: its own token, no dashboard unless requested, no telemetry, no logs on the terminal,
-all files in one folder.  However the command ends, nothing of it is left after ten seconds: a regular exit
-kills everything, and a watchdog does it for a driver that died.  Ray always listens on every interface; the
-token is what protects it.
+A local Ray is private: it listens on loopback alone, has its own token, no dashboard unless requested, no
+telemetry, no logs on the terminal, all files in one folder.  However the command ends, nothing of it is left
+after ten seconds: a regular exit kills everything, and a watchdog does it for a driver that died.
 """
 
 from __future__ import annotations
@@ -24,9 +23,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.profiles.errors import InterruptedRunError, UserError
 from autosft.scheduler.cluster import watchdog
-from autosft.scheduler.cluster.loopback import require_loopback
+from autosft.scheduler.cluster.asking_nodes import Onlooker, alive_nodes, run_on
+from autosft.scheduler.cluster.loopback import (
+    BINDING,
+    bound_elsewhere,
+    is_loopback_address,
+    on_loopback,
+    require_loopback,
+)
 from autosft.scheduler.cluster.own_signals import keep_handlers_out, own_sigterm
 from autosft.scheduler.cluster.run_folder import guarded, run_folder
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter, WarmServer
@@ -64,8 +70,8 @@ class Cluster:
     def wait_until_ready(self) -> None:
         """Wait until Ray is up.
 
-        Raises the error that prevented its start, and StudyFailedError once a part of it has died: Ray itself
-        would wait a minute and then end this process without an exception.
+        Raises the error that prevented its start, and InterruptedRunError once a part of it has died: Ray
+        itself would wait a minute and then end this process without an exception.
         """
         self._is_up.wait()
         if self._error is not None:
@@ -74,7 +80,7 @@ class Cluster:
             if process.poll() is not None:
                 self._lost = f"Ray's {name} has died ({_way_of(process.returncode)})"
         if self._lost:
-            raise StudyFailedError(
+            raise InterruptedRunError(
                 f"{self._lost}. Nothing that was recorded is lost: run the same command again to resume."
             )
         if threading.current_thread() is threading.main_thread():
@@ -83,25 +89,16 @@ class Cluster:
 
     def other_nodes(self) -> dict[str, str]:
         """Return the names of the other live nodes, by Ray's node id."""
-        import ray
-
         if not self.is_guest:
             return {}
-        here = ray.get_runtime_context().get_node_id()
-        alive = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-        if alive.pop(here, None) is None:
+        alive, is_here = alive_nodes()
+        if not is_here:
             self._lost = "this machine's raylet has died"
         return alive
 
     def on_node(self, node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
         """Run a function on a node."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        task = ray.remote(function).options(num_cpus=0, scheduling_strategy=there)
-        answer: Future[Any] = task.remote(*arguments).future()
-        return answer
+        return run_on(node, function, *arguments)
 
     def runner(self, **options: Any) -> TrialRunner:
         """Return a runner of trials on this cluster; options as in `RayTrialRunner`."""
@@ -173,7 +170,9 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
             # Ray reads both on import, which may have happened already; ray.init does the same.
             Config.initialize("")
             AuthenticationTokenLoader.instance().reset_cache()
-            context = _init_ray(run_dir, dashboard, leave)
+            with on_loopback():
+                context = _init_ray(run_dir, dashboard, leave)
+        cluster._error = bound_elsewhere(context.address_info)
         cluster.address = context.address_info["gcs_address"]
         cluster.dashboard_url = context.dashboard_url or None
         cluster.start_s = time.monotonic() - started
@@ -259,6 +258,7 @@ def _ray_environment(run_dir: Path) -> dict[str, str]:
     token_path.touch(mode=0o600)
     token_path.write_text(_TOKEN)
     return {
+        **BINDING,
         watchdog.RUN_VARIABLE: str(run_dir),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
@@ -302,19 +302,25 @@ def connect(
                 watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
 
 
-def _connected(address: str, starter: WarmServer) -> Cluster:
+@contextlib.contextmanager
+def look_at(address: str, *, timeout_s: float = 5.0) -> Iterator[Onlooker]:
+    """Ask the nodes of a running cluster; raises as `connect`."""
     import ray
 
+    with run_folder() as run_dir:
+        _log_to(run_dir / "ray.log")
+        if address != "auto":
+            _refuse_bad_address(address, timeout_s)
+        try:
+            _join(address)
+            yield Onlooker()
+        finally:
+            ray.shutdown()
+
+
+def _connected(address: str, starter: WarmServer) -> Cluster:
     started = time.monotonic()
-    keep_handlers_out(ray._raylet.__file__)
-    try:
-        with own_sigterm():  # Ray's ends the process before a trial can save a checkpoint
-            context = ray.init(address=address, log_to_driver=False, job_config=without_user_folders())
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(
-            f"the Ray cluster at {address} cannot be used from here: {_first_line(error)}",
-            remedy="This machine must be one of its nodes: run `ray start --address=HOST:PORT` first.",
-        ) from error
+    context = _join(address)
     cluster = Cluster(
         starter=starter,
         is_guest=True,
@@ -325,6 +331,22 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
     cluster._is_up.set()
     cluster.wait_until_ready()
     return cluster
+
+
+def _join(address: str) -> Any:
+    """Call `ray.init` for a running cluster.  Raises UserError."""
+    import ray
+
+    keep_handlers_out(ray._raylet.__file__)
+    as_given = on_loopback() if is_loopback_address(address.rpartition(":")[0]) else contextlib.nullcontext()
+    try:
+        with as_given, own_sigterm():  # Ray's ends the process before a trial can save a checkpoint
+            return ray.init(address=address, log_to_driver=False, job_config=without_user_folders())
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(
+            f"the Ray cluster at {address} cannot be used from here: {_first_line(error)}",
+            remedy="This machine must be one of its nodes: run `ray start --address=HOST:PORT` first.",
+        ) from error
 
 
 def _refuse_bad_address(address: str, timeout_s: float) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, HTTPException, Request
+from starlette.concurrency import run_in_threadpool
 
 from autosft.profiles.errors import UserError
 from autosft.service.api.events import Hub
@@ -21,12 +22,13 @@ from autosft.service.requests.planner import Planner
 from autosft.service.requests.read import Reader
 from autosft.service.store.queue_store import QueueStore
 from autosft.service.values import Item, Role, User
+from autosft.studies.store.database import DatabaseError
 from autosft.studies.store.records import Records
 
 #: How long it may take until a token that another process has revoked is refused.
 TOKEN_KEPT_S = 2.0
 COOKIE = "autosft-token"
-MAX_TEXTS = 256
+MAX_TEXTS, MAX_TOKENS = 256, 10_000
 
 
 class Scheduler(Protocol):
@@ -50,15 +52,15 @@ class Answers:
     """Texts that one picture of the queue determines, made once for all who ask for the same."""
 
     _board: Board | None = None
-    _texts: dict[Hashable, str] = field(default_factory=dict)
+    _texts: dict[Hashable, asyncio.Future[str]] = field(default_factory=dict)
 
-    def get(self, board: Board, key: Hashable, make: Callable[[], str]) -> str:
-        """Return the text of this picture under `key`; from the event loop alone."""
+    async def get(self, board: Board, key: Hashable, make: Callable[[], str]) -> str:
+        """Return the text of this picture under `key`, made in a thread: a long one keeps nobody waiting."""
         if board is not self._board or len(self._texts) >= MAX_TEXTS:
             self._board, self._texts = board, {}
-        if key not in self._texts:
-            self._texts[key] = make()
-        return self._texts[key]
+        if (text := self._texts.get(key)) is None:
+            text = self._texts[key] = asyncio.ensure_future(run_in_threadpool(make))
+        return await asyncio.shield(text)  # whoever asked first may hang up: others wait for it
 
 
 @dataclass(slots=True, kw_only=True)
@@ -82,20 +84,17 @@ class Service:
     defaults: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     dashboard: Callable[[], Any] | None = None  # makes Optuna's, a WSGI application
     _tokens: dict[str, tuple[float, User | None]] = field(default_factory=dict)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def user_of(self, token: str) -> User | None:
+    async def user_of(self, token: str) -> User | None:
         """Return whose token this is; remembers the answer for TOKEN_KEPT_S."""
         key, now = hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest(), time.monotonic()
-        with self._lock:
-            at, user = self._tokens.get(key, (float("-inf"), None))
-            if now - at < TOKEN_KEPT_S:
-                return user
-        user = self.queue.users.verify(token)
-        with self._lock:
-            if len(self._tokens) > 10_000:  # made-up tokens
-                self._tokens.clear()
-            self._tokens[key] = now, user
+        at, user = self._tokens.get(key, (float("-inf"), None))
+        if now - at < TOKEN_KEPT_S:
+            return user
+        user = await run_in_threadpool(self.queue.users.verify, token)
+        if len(self._tokens) > MAX_TOKENS:  # made-up ones
+            self._tokens.clear()
+        self._tokens[key] = now, user
         return user
 
     def reader(self, user: User) -> Reader:
@@ -124,7 +123,7 @@ class Service:
         )
 
 
-def service_of(request: Request) -> Service:
+async def service_of(request: Request) -> Service:  # a plain function would be sent to a thread
     """Return the service that an application serves."""
     service = request.app.state.service
     assert isinstance(service, Service)
@@ -142,10 +141,10 @@ def token_in(request: Request) -> str | None:
     return request.cookies.get(COOKIE)
 
 
-def asking(request: Request, service: The) -> User:
+async def asking(request: Request, service: The) -> User:
     """Return who asks.  Answers 401 for a token that is nobody's, and without one where one is needed."""
     token = token_in(request)
-    user = service.local_user if token is None else service.user_of(token)
+    user = service.local_user if token is None else await service.user_of(token)
     if user is None:
         raise HTTPException(
             401,
@@ -164,6 +163,8 @@ def item_of(service: Service, user: User, item_id: int) -> Item:
     """Return an item that a user may see.  Answers 404 for others': whether there is one is not told."""
     try:
         item = service.queue.get(item_id)
+    except DatabaseError:
+        raise
     except UserError:
         item = None
     if item is None or not may_see(user, item):
@@ -174,6 +175,11 @@ def item_of(service: Service, user: User, item_id: int) -> Item:
 def may_see(user: User, item: Item) -> bool:
     """Whether a user may see and stop an item."""
     return user.role is Role.ADMIN or item.owner == user.name
+
+
+def whose(user: User) -> str | None:
+    """Return whose items a user sees, None for all: those with the same answer get the same texts."""
+    return None if user.role is Role.ADMIN else user.name
 
 
 def require_admin(user: User) -> None:

@@ -52,7 +52,7 @@ class _ForAdmins:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope)
-        user = await run_in_threadpool(asking, request, self._service)
+        user = await asking(request, self._service)
         require_admin(user)
         dashboard = await run_in_threadpool(self._opened)
 

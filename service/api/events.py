@@ -99,6 +99,8 @@ def changes(before: Board, after: Board) -> Iterator[tuple[str, str | None, dict
     known = {item.id: item for item in before.items}
     for item in after.items:
         old = known.get(item.id)
+        if old is item:
+            continue
         if old is None and item.is_ended and (item.ended_at or 0.0) < before.at:
             continue  # an old one that came into sight
         if old is None or told(old) != told(item):

@@ -12,10 +12,10 @@ from fastapi import APIRouter, Header, HTTPException, Query, Response
 from starlette.concurrency import run_in_threadpool
 
 from autosft.service.api import models
-from autosft.service.api.context import Asking, Service, The, item_of, may_see, require_admin
+from autosft.service.api.context import Asking, Service, The, item_of, may_see, require_admin, whose
 from autosft.service.api.shown import shown_item
 from autosft.service.api.submissions import clone, require_priority, submit
-from autosft.service.values import ENDED_STATES, QUEUED_STATES, Item, ItemState, Role, User
+from autosft.service.values import ENDED_STATES, QUEUED_STATES, Item, ItemState, User
 
 router = APIRouter(tags=["queue"])
 
@@ -66,8 +66,7 @@ async def list_studies(
         shown = [shown_item(item, board, places) for item in found[offset : offset + limit]]
         return models.Listed(items=shown, total=len(found), at=board.at).model_dump_json()
 
-    whose = None if user.role is Role.ADMIN else user.name
-    text = service.answers.get(board, ("studies", whose, states, limit, offset), answer)
+    text = await service.answers.get(board, ("studies", whose(user), states, limit, offset), answer)
     return Response(text, media_type="application/json")
 
 

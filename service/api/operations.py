@@ -13,7 +13,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from autosft.service.api import models
-from autosft.service.api.context import Asking, Service, The
+from autosft.service.api.context import Asking, Service, The, whose
 from autosft.service.api.events import MAX_LISTENERS
 from autosft.service.api.shown import shown_device
 from autosft.service.values import ItemState
@@ -51,15 +51,21 @@ async def read_metrics(service: The) -> Response:
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@router.get("/devices")
-async def list_devices(service: The, user: Asking) -> models.Devices:
+@router.get("/devices", response_model=models.Devices)
+async def list_devices(service: The, user: Asking) -> Response:
     """List the devices and who holds their memory: predicted, measured, others', free."""
     board = service.scheduler.board()
-    names = {item.id: item.name for item in board.seen_by(user)}
-    return models.Devices(devices=[shown_device(use, names) for use in board.devices], at=board.at)
+
+    def made() -> str:
+        names = {item.id: item.name for item in board.seen_by(user)}
+        shown = [shown_device(use, names) for use in board.devices]
+        return models.Devices(devices=shown, at=board.at).model_dump_json()
+
+    text = await service.answers.get(board, ("devices", whose(user)), made)
+    return Response(text, media_type="application/json")
 
 
-def require_room(service: The) -> None:
+async def require_room(service: The) -> None:
     """Answer 503 to more listeners than the server has room for."""
     if service.hub.num_listeners >= MAX_LISTENERS:
         raise HTTPException(503, "Too many listen already.", headers={"Retry-After": "10"})

@@ -10,9 +10,10 @@ from typing import Any
 import jinja2
 from fastapi import APIRouter, FastAPI, HTTPException, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+from starlette.concurrency import run_in_threadpool
 
 from autosft.service.api import models
-from autosft.service.api.context import COOKIE, Asking, Service, The, item_of, token_in
+from autosft.service.api.context import COOKIE, Asking, Service, The, item_of, token_in, whose
 from autosft.service.api.dashboard import mount_dashboard
 from autosft.service.api.page_values import device_on_page, item_on_page, trial_on_page
 from autosft.service.api.runs import study_of
@@ -62,13 +63,16 @@ def page(name: str, request: Request, service: Service, user: User, **values: An
 
 
 @router.get("/")
-def show_board(request: Request, service: The) -> Response:
+async def show_board(request: Request, service: The) -> Response:
     """Show the devices and the queue; to nobody known, where to sign in."""
     token = token_in(request)
-    user = service.local_user if token is None else service.user_of(token)
+    user = service.local_user if token is None else await service.user_of(token)
     if user is None:
         return RedirectResponse("/login", status_code=303)
-    return page("board.html.jinja", request, service, user, **board_values(service, user))
+    known = user
+    return await run_in_threadpool(
+        lambda: page("board.html.jinja", request, service, known, **board_values(service, known))
+    )
 
 
 @router.get("/page/board")
@@ -79,8 +83,7 @@ async def show_board_part(request: Request, service: The, user: Asking) -> Respo
         body = page("board_part.html.jinja", request, service, user, **board_values(service, user)).body
         return bytes(body).decode()
 
-    whose = None if user.role is Role.ADMIN else user.name
-    text = service.answers.get(service.scheduler.board(), ("page", whose), made)
+    text = await service.answers.get(service.scheduler.board(), ("page", whose(user)), made)
     return HTMLResponse(text, headers={"Cache-Control": "no-store"})
 
 
@@ -153,9 +156,9 @@ def show_login() -> Response:
 
 
 @router.post("/login")
-def sign_in(body: models.Token, service: The) -> Response:
+async def sign_in(body: models.Token, service: The) -> Response:
     """Keep the token in a cookie that no script reads and no other page sends."""
-    if service.user_of(body.token) is None:
+    if await service.user_of(body.token) is None:
         raise HTTPException(401, "This token is nobody's, or was revoked.")
     answer = JSONResponse({"status": "ok"})
     answer.set_cookie(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from autosft.profiles.masking import masked, masked_command
 from autosft.service.api import models
@@ -11,7 +12,7 @@ from autosft.service.values import Item
 from autosft.studies.trial import TrialRecord
 
 
-def shown_item(item: Item, board: Board, places: dict[int, int] | None = None) -> models.Shown:
+def shown_item(item: Item, board: Board, places: Mapping[int, int] | None = None) -> models.Shown:
     """Return an item with its place, the reason why it waits, and what is predicted of it."""
     places = board.places() if places is None else places
     reason = board.reasons.get(item.id) if item.is_queued else None
@@ -91,6 +92,7 @@ def shown_device(use: DeviceUse, names: dict[int, str]) -> models.ShownDevice:
         measured=memory(use.measured),
         others_bytes=use.others_bytes,
         free_bytes=use.free_bytes,
+        is_measured=use.is_measured,
     )
 
 

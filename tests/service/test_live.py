@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from autosft.service.board import Board, DeviceUse
-from autosft.service.live import ALIVE_S, EVERY_S, MEASURE_S, LiveBoard
+from autosft.service.live import EVERY_S, MEASURE_S, WAKE_S, LiveBoard
 from autosft.service.loop import View
 from autosft.service.store.queue_store import QueueStore
 from autosft.service.trial_events import MAX_STUDIES, TrialWatch
@@ -100,16 +100,18 @@ def test_what_has_ended_is_shown_after_the_rest_the_newest_first(queue: QueueSto
     assert [item.name for item in live.board().items] == ["three", "two", "one"]
 
 
-def test_it_is_alive_while_the_loop_looks(queue: QueueStore) -> None:
+def test_it_says_when_the_loop_has_looked_and_wakes_it_once_a_second(queue: QueueStore) -> None:
     live, loop, now, _ = live_board(queue)
-    assert not live.is_alive()
+    assert live.board().looked_at < 0
     loop.look(NOW)
     live.refresh()
-    assert live.is_alive()
-    now[0] += ALIVE_S + 1
-    assert not live.is_alive()
-    live.wake()
+    assert live.board().looked_at == NOW
+    for _ in range(3):
+        live.wake()
     assert loop.num_wakes == 1
+    now[0] += WAKE_S
+    live.wake()
+    assert loop.num_wakes == 2
 
 
 def test_devices_have_what_runs_on_them(queue: QueueStore) -> None:

@@ -15,7 +15,7 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.service import loop as loop_module
 from autosft.service.drivers.command import DriverCommand
-from autosft.service.drivers.process_drivers import ProcessDrivers
+from autosft.service.drivers.process_drivers import ProcessDrivers, log_path
 from autosft.service.loop import Loop
 from autosft.service.store.queue_store import QueueStore, open_queue
 from autosft.service.store.server_lease import ServedElsewhereError
@@ -381,7 +381,7 @@ def test_a_driver_knows_its_devices_and_its_log_is_kept(processes: ProcessRig) -
     processes.until((item, S.DONE))
     [run] = (processes.folder / f"work-{item.id}" / "runs").read_text().splitlines()
     assert run.split()[2] == "gpu-0,gpu-1"
-    assert "running done" in processes.drivers.log_path(item.id).read_text()
+    assert "running done" in log_path(processes.drivers.folder, item.id).read_text()
 
 
 def test_a_driver_that_is_suspended_is_not_lost(processes: ProcessRig) -> None:

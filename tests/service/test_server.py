@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from autosft import cli
@@ -18,7 +19,8 @@ from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
 from autosft.service.client import Client
 from autosft.service.requests.limits import Limits
-from autosft.service.server import Settings, local_user, require_safe
+from autosft.service.server import local_user, require_safe
+from autosft.service.settings import Settings
 from autosft.service.values import Role, User
 
 WAIT_S = 300.0
@@ -67,8 +69,12 @@ def test_a_queue_outlives_its_server(tmp_path: Path) -> None:
     with serving(tmp_path, port) as (process, client):
         item = client.submit("tune", {"trials": 2}, name="kept", hold=True, key="once")
         assert client.me()["role"] == "admin"
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
         process.kill()
         process.wait()
+    _, alive = psutil.wait_procs(children, timeout=WAIT_S)
+    assert not alive, "it leaves processes behind"
     with serving(tmp_path, port) as (process, client):
         [shown] = client.items()
         assert (shown["id"], shown["name"], shown["state"]) == (item["id"], "kept", "held")
