@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autosft.profiles.memory import trainable
+from autosft.profiles.memory.program.program import ONE_PASS_VOCABULARY
 from autosft.profiles.model.profile import LinearGroup, ModelProfile
 from autosft.profiles.recipe import AdapterSettings, Method, Precision, StepRecipe
 from autosft.profiles.speed.roofline import (
@@ -195,7 +196,7 @@ def head(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates)
     """Return the output head and loss, forward and backward.
 
     trl's chunked head recomputes each tile of the logits in the backward pass, and accumulates a trained
-    head's gradient in fp32; the plain head stores fp32 logits.
+    head's gradient in fp32; the plain head stores fp32 logits.  On CPUs ours makes gradients with logits.
     """
     size, scored = compute_bytes(recipe.precision), step.num_scored
     hidden, vocab = model.hidden_size, model.vocab_size
@@ -211,6 +212,10 @@ def head(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates)
     elif rates.launches_overlap:
         forward_traffic, backward_traffic = size * logits, 2.0 * size * logits + 8.0 * hidden * vocab
         grads += product
+    elif recipe.precision is Precision.FP32 and vocab <= ONE_PASS_VOCABULARY:
+        # `profiles.memory.trace.one_pass_head`, operator by operator.
+        forward_traffic, backward_traffic = 40.0 * logits, 8.0 * logits
+        moved_per_s = rates.reused_bytes_per_s * HEAD_OPERATOR_SHARE
     else:
         # Off CUDA the tiles are folded by torch operators, counted in trl's `_forward_tile` and
         # `_backward_tile`: each reads its fp32 inputs and writes its result.

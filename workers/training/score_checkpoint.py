@@ -23,6 +23,7 @@ from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.profiles.model.adapter_folder import is_adapter_folder
+from autosft.profiles.recipe import Precision
 from autosft.studies.files.checkpoints import (
     UNTUNED_EVALUATION,
     evaluation_path,
@@ -77,7 +78,8 @@ def score(
     try:
         loaded = load(job)
         on_cpu, in_few_sizes = device_of(job).uses_host_memory, pads_to_few_sizes(job)
-        with head_tiles(loaded.network, on_cpu=on_cpu, in_few_sizes=in_few_sizes):
+        in_one_pass = job.pinned.precision is Precision.FP32
+        with head_tiles(loaded.network, on_cpu=on_cpu, in_few_sizes=in_few_sizes, in_one_pass=in_one_pass):
             result = evaluate_loaded(job, loaded, examples, progress.on_batch)
             metrics = result.metrics()
             if is_untuned and job.scoring is not None:

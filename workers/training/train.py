@@ -23,7 +23,7 @@ from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.profiles.model.adapter_folder import is_adapter_folder
 from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32
-from autosft.profiles.recipe import Method
+from autosft.profiles.recipe import Method, Precision
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
 from autosft.workers.data import collator, load_split, require_same_evaluation
 from autosft.workers.device import device_of, pads_to_few_sizes
@@ -72,7 +72,8 @@ def train(
     callback = TrialCallback(attempt, trainer)
     trainer.add_callback(callback)
     on_cpu, in_few_sizes = device_of(job).uses_host_memory, pads_to_few_sizes(job)
-    with head_tiles(unwrapped(trainer), on_cpu=on_cpu, in_few_sizes=in_few_sizes):
+    in_one_pass = job.pinned.precision is Precision.FP32
+    with head_tiles(unwrapped(trainer), on_cpu=on_cpu, in_few_sizes=in_few_sizes, in_one_pass=in_one_pass):
         trainer.train(resume_from_checkpoint=attempt.job.resume_from)
         callback.close()
     return finish(attempt, callback, duration_s=time.monotonic() - started)

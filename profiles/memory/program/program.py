@@ -20,6 +20,9 @@ from autosft.profiles.memory.program.blocks import Birth, Phase, Segment, Trace
 
 #: trl's chunked head processes this many scored tokens at a time (trl/kernels/chunked_logprob.py).
 HEAD_CHUNK_TOKENS = 4096
+#: The largest vocabulary of a head in one pass (`trace.one_pass_head`), whose two tiles hold all of it: they
+#: take no more than trl's, which are half as wide and more.
+ONE_PASS_VOCABULARY = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from autosft.profiles.memory.host_kernels import padded_size
+from autosft.profiles.memory.trace.one_pass_head import OnePassHead, has_one_pass
 
 
 @contextlib.contextmanager
-def head_tiles(model: Any, *, on_cpu: bool, in_few_sizes: bool = False) -> Iterator[None]:
+def head_tiles(
+    model: Any, *, on_cpu: bool, in_few_sizes: bool = False, in_one_pass: bool = False
+) -> Iterator[None]:
     """Within the block, make the head's tiles no wider than the vocabulary and score labels only, on CPUs.
 
     Off CUDA trl scores every position, so that compiled shapes stay the same from batch to batch; nothing is
@@ -23,6 +25,7 @@ def head_tiles(model: Any, *, on_cpu: bool, in_few_sizes: bool = False) -> Itera
     not change, up to the rounding of products over fewer rows: one tile holds the whole vocabulary anyway.
 
     `in_few_sizes`: the scored positions are padded to one of few numbers (`profiles.memory.host_kernels`).
+    `in_one_pass`: gradients are made with the logits, where the head allows it (`one_pass_head`).
     """
     from trl.trainer import utils
 
@@ -31,8 +34,7 @@ def head_tiles(model: Any, *, on_cpu: bool, in_few_sizes: bool = False) -> Itera
     if on_cpu:
         utils._CHUNKED_LOGPROB_CHUNK_SIZE = min(width, model.get_output_embeddings().weight.shape[0])
         utils._use_triton = _scores_labels  # in this module it decides which positions are scored, no more
-    if in_few_sizes:
-        utils._ChunkedLogProbFunction = _InFewSizes(function)
+        utils._ChunkedLogProbFunction = _CpuHead(function, in_few_sizes=in_few_sizes, in_one_pass=in_one_pass)
     try:
         yield
     finally:
@@ -40,19 +42,47 @@ def head_tiles(model: Any, *, on_cpu: bool, in_few_sizes: bool = False) -> Itera
         utils._ChunkedLogProbFunction = function
 
 
-@dataclass(frozen=True, slots=True)
-class _InFewSizes:
-    """trl's head over padded positions, whose results are dropped and whose gradients are zero."""
+class _CpuHead:
+    """What `trl.trainer.utils` calls instead of its function of a chunked head."""
 
-    function: Any
+    def __init__(self, function: Any, *, in_few_sizes: bool, in_one_pass: bool) -> None:
+        self._function, self._in_few_sizes, self._in_one_pass = function, in_few_sizes, in_one_pass
 
-    def apply(self, hidden: Any, weight: Any, bias: Any, labels: Any, *others: Any) -> Any:
+    def apply(
+        self,
+        hidden: Any,
+        weight: Any,
+        bias: Any,
+        targets: Any,
+        temperature: float,
+        chunk_size: int,
+        softcap: float | None,
+        scale: float,
+        outputs: tuple[str, ...],
+    ) -> tuple[Any, ...]:
+        """Return log-probabilities, entropy, log_sum_sq_probs, mean_logits and is_top1, as asked for."""
+        is_plain = self._in_one_pass and has_one_pass(
+            hidden, weight, bias, temperature=temperature, softcap=softcap, outputs=outputs
+        )
+        if is_plain:
+            log_probs, entropy, is_top1 = OnePassHead.apply(hidden, weight, targets, scale)
+            return (
+                log_probs,
+                entropy if "entropy" in outputs else None,
+                None,
+                None,
+                is_top1 if "is_top1" in outputs else None,
+            )
+        others = (temperature, chunk_size, softcap, scale, outputs)
+        if not self._in_few_sizes:
+            return self._function.apply(hidden, weight, bias, targets, *others)  # type: ignore[no-any-return]
         from torch.nn.functional import pad
 
-        number = len(labels)
+        # The results of the padded positions are dropped, so that their gradients are zero.
+        number = len(targets)
         more = padded_size(max(1, number)) - number
-        hidden, labels = pad(hidden, (0, 0, 0, more)), pad(labels, (0, more))
-        results = self.function.apply(hidden, weight, bias, labels, *others)
+        hidden, targets = pad(hidden, (0, 0, 0, more)), pad(targets, (0, more))
+        results = self._function.apply(hidden, weight, bias, targets, *others)
         return tuple(None if result is None else result[:number] for result in results)
 
 

@@ -26,7 +26,7 @@ from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.tracing import Loop, Target
 from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32, peft_config
 from autosft.profiles.model.model_class import build, depth_of, repeated_layers
-from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, StepRecipe
+from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, Precision, StepRecipe
 
 #: Where the step is built; tests build the same step on the CPU and count real allocations.
 DEVICE = "meta"
@@ -133,7 +133,8 @@ def _run(
         from autosft.profiles.memory.trace import fsdp
 
         watching = fsdp.watching(model, recorder)
-    with head_tiles(model, on_cpu=not kind.traits.has_own_memory), watching:
+    on_cpu, in_one_pass = not kind.traits.has_own_memory, recipe.precision is Precision.FP32
+    with head_tiles(model, on_cpu=on_cpu, in_one_pass=in_one_pass), watching:
         build = functools.partial(
             build_optimizer,
             recipe.optimizer,
