@@ -12,6 +12,7 @@ from autosft.service.values import (
     QUEUED_STATES,
     Item,
     ItemState,
+    Pace,
     Place,
     Submission,
     Usage,
@@ -88,10 +89,9 @@ class MemoryQueue:
     def claim(self, item_id: int, *, launch: str, process: Driver, now: float) -> Item:
         return self._put(self.open[item_id], state=S.RUNNING, process=process, charged_until=now)
 
-    def report(
-        self, item_id: int, *, launch: str, progress: float, ends_at: float | None, now: float
-    ) -> None:
-        self._put(self.open[item_id], progress=progress, ends_at=ends_at)
+    def report(self, paces: Collection[Pace], *, now: float) -> None:
+        for pace in paces:
+            self._put(self.open[pace.item], progress=pace.progress, ends_at=pace.ends_at)
 
     def charge(self, item_ids: Collection[int], *, now: float) -> None:
         for item_id in item_ids:

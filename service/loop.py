@@ -24,7 +24,7 @@ from autosft.service.devices import Devices
 from autosft.service.drivers.protocol import Drivers, Life
 from autosft.service.store.queue_store import ItemMovedError, QueueStore
 from autosft.service.store.server_lease import ServedElsewhereError
-from autosft.service.values import ENDED_STATES, OPEN_STATES, Item, ItemState, Reason, Start
+from autosft.service.values import ENDED_STATES, OPEN_STATES, Item, ItemState, Pace, Reason, Start
 from autosft.studies.values import Driver
 
 logger = logging.getLogger(__name__)
@@ -160,6 +160,7 @@ class Loop:
         placed = [item for item in self._items if item.is_placed]
         asks = now - self._progress_at >= PROGRESS_S
         has_moved = asks and bool(placed)
+        paces: list[Pace] = []
         for item in placed:
             life = self._drivers.poll(item, now=now)
             if isinstance(life, Ended):
@@ -171,13 +172,15 @@ class Loop:
                 if item.state is ItemState.STOPPING:
                     self._see_stop(item, now)
                 if asks and (progress := self._drivers.progress(item, now=now)) is not None:
-                    self.queue.report(
-                        item.id,
-                        launch=item.launch,
-                        progress=progress.share,
-                        ends_at=progress.ends_at,
-                        now=now,
+                    paces.append(
+                        Pace(
+                            item=item.id,
+                            launch=item.launch,
+                            progress=progress.share,
+                            ends_at=progress.ends_at,
+                        )
                     )
+        self.queue.report(paces, now=now)
         if placed and now - self._charged_at >= CHARGE_S:
             self.queue.charge([item.id for item in placed], now=now)
             self._charged_at = now

@@ -27,7 +27,15 @@ from autosft.service.decide.shares import (
     quota_block,
     standings,
 )
-from autosft.service.decide.situation import Situation, occupied, rate_of, request_for, way_index, way_of
+from autosft.service.decide.situation import (
+    Situation,
+    occupied,
+    predicted_ends,
+    rate_of,
+    request_for,
+    way_index,
+    way_of,
+)
 from autosft.service.values import Decision, Item, ItemState, Place, Start
 
 #: A reservation that is this near is waited for: stopping others would take as long.
@@ -57,11 +65,12 @@ class Queue:
 
     def __init__(self, situation: Situation, *, max_behind: int = MAX_BACKFILL) -> None:
         self.situation = situation
-        self.kinds = occupied(situation)
+        ends = predicted_ends(situation)
+        self.kinds = occupied(situation, ends)
         self.devices = {device.uuid: device for device in situation.devices}
         self._max_behind = max_behind
         self.begin(situation.now, num_waiting=0)
-        self.standings = standings(situation)
+        self.standings = standings(situation, ends)
         self.started: list[tuple[Option, Placement]] = []
         self.blocks: dict[int, Block] = {}
         self.ready: list[Item] = []
@@ -124,10 +133,11 @@ class Queue:
 def can_ever_start(item: Item, kinds: dict[str, Kind]) -> bool:
     """Whether the devices could run an item if nothing else ran on them."""
     assert item.demand is not None
-    return any(
-        (kind := kinds.get(way.kind)) is not None and way.width <= kind.num_large(way.bytes_each)
-        for way in item.demand.ways
-    )
+    for way in item.demand.ways:
+        kind = kinds.get(way.kind)
+        if kind is not None and kind.could_take(way.width, way.bytes_each):
+            return True
+    return False
 
 
 # Preemption
@@ -149,7 +159,7 @@ def _preempts(situation: Situation, queue: Queue) -> tuple[int, ...]:
 
     if not lower:
         return ()
-    kinds = occupied(situation, without=stopping)
+    kinds = occupied(situation, predicted_ends(situation), without=stopping)
     for option, placement in queue.started:  # they are there by then
         occupy(kinds, option, placement)
     found = start_now(first, kinds, now=situation.now)

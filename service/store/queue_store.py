@@ -35,6 +35,7 @@ from autosft.service.store.transitions import (
     moved_error,
     one,
     require,
+    several,
     stop,
     tell,
 )
@@ -47,6 +48,7 @@ from autosft.service.values import (
     Event,
     Item,
     ItemState,
+    Pace,
     Place,
     Submission,
     Usage,
@@ -338,24 +340,28 @@ class QueueStore:
                 return None
             return stop(connection, item, then=then, note=note, now=now)
 
-    def report(
-        self, item_id: int, *, launch: str, progress: float, ends_at: float | None, now: float
-    ) -> None:
-        """Record how far a running item is; nothing if that start is over."""
-        this = (_ITEMS.c.id == item_id) & (_ITEMS.c.launch == launch)
+    def report(self, paces: Sequence[Pace], *, now: float) -> None:
+        """Record how far running items are, together; nothing for a start that is over."""
+        if not paces:
+            return
         placed = _ITEMS.c.state.in_([state.value for state in PLACED_STATES])
-        columns: dict[str, Any] = {"progress": progress, "ends_at": ends_at}
+        this = (_ITEMS.c.id == sa.bindparam("item")) & (_ITEMS.c.launch == sa.bindparam("its_launch"))
+        columns = [
+            {"item": one.item, "its_launch": one.launch, "progress": one.progress, "ends_at": one.ends_at}
+            for one in paces
+        ]
+        ahead = [
+            {"item": one.item, "its_launch": one.launch, "num_lost": 0} for one in paces if one.progress > 0
+        ]
         with self._write() as connection:
             connection.execute(sa.update(_ITEMS).where(this & placed), columns)
-            if progress > 0:
-                ahead = sa.update(_ITEMS).where(this & placed & (_ITEMS.c.num_lost > 0))
-                connection.execute(ahead, {"num_lost": 0})
+            if ahead:  # progress ends a row of losses
+                connection.execute(sa.update(_ITEMS).where(this & placed & (_ITEMS.c.num_lost > 0)), ahead)
 
     def charge(self, item_ids: Collection[int], *, now: float) -> None:
         """Charge the owners of running items for the time since the last charge."""
         with self._write() as connection:
-            for item_id in item_ids:
-                charge(connection, one(connection, item_id, lock=True), now=now)
+            charge(connection, several(connection, item_ids), now=now)
 
     def end(
         self,
@@ -377,7 +383,7 @@ class QueueStore:
             item = one(connection, item_id, lock=True)
             if item.launch != launch or not item.is_placed:
                 return None
-            charge(connection, item, now=now if at is None else min(at, now))
+            charge(connection, [item], now=now if at is None else min(at, now))
             return leave_place(connection, item, to, note=note, was_lost=was_lost, now=now)
 
     def transition(

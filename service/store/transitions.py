@@ -30,6 +30,12 @@ def one(connection: Connection, item_id: int, *, lock: bool = False) -> Item:
     return item_from(row)
 
 
+def several(connection: Connection, item_ids: Collection[int]) -> list[Item]:
+    """Return items, locked, without those that do not exist."""
+    query = sa.select(_ITEMS).where(_ITEMS.c.id.in_(item_ids)).order_by(_ITEMS.c.id).with_for_update()
+    return [item_from(row) for row in connection.execute(query).mappings()]
+
+
 def keyed(connection: Connection, submission: Submission, key: str | None) -> Item | None:
     """Return the item that this key was given to.  Raises UserError if that is another submission."""
     if key is None:
@@ -48,6 +54,8 @@ def keyed(connection: Connection, submission: Submission, key: str | None) -> It
 
 
 def require(connection: Connection, item_ids: Sequence[int]) -> None:
+    if not item_ids:
+        return
     known = set(connection.scalars(sa.select(_ITEMS.c.id).where(_ITEMS.c.id.in_(item_ids))))
     if missing := [str(item_id) for item_id in item_ids if item_id not in known]:
         raise UserError(f"There is no item {', '.join(missing)} to wait for.", remedy="autosft queue")
@@ -113,13 +121,23 @@ def leave_place(
     )
 
 
-def charge(connection: Connection, item: Item, *, now: float) -> None:
-    if item.charged_until is None or item.place is None or now <= item.charged_until:
+def charge(connection: Connection, items: Sequence[Item], *, now: float) -> None:
+    """Charge the owners of placed items up to `now`, with a few statements however many there are."""
+    used_s = {
+        item.id: (now - item.charged_until) * item.place.rate
+        for item in items
+        if item.charged_until is not None and item.place is not None and now > item.charged_until
+    }
+    if not used_s:
         return
-    device_s = (now - item.charged_until) * item.place.rate
-    columns = {"device_s": item.device_s + device_s, "charged_until": now}
-    connection.execute(sa.update(_ITEMS).where(_ITEMS.c.id == item.id), columns)
-    usage.add(connection, item.owner, device_s, now=now)
+    charged = sa.update(_ITEMS).where(_ITEMS.c.id == sa.bindparam("item"))
+    charged = charged.values(device_s=_ITEMS.c.device_s + sa.bindparam("used_s"), charged_until=now)
+    connection.execute(charged, [{"item": item, "used_s": seconds} for item, seconds in used_s.items()])
+    by_owner: dict[str, float] = {}
+    for item in items:
+        by_owner[item.owner] = by_owner.get(item.owner, 0.0) + used_s.get(item.id, 0.0)
+    for owner, seconds in sorted(by_owner.items()):  # in one order: no two servers wait for each other
+        usage.add(connection, owner, seconds, now=now)
 
 
 def tell(connection: Connection, item: Item, *, now: float) -> None:
