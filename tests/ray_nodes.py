@@ -76,6 +76,8 @@ class RayNodes:
                 "--node-ip-address=127.0.0.1",
                 "--num-cpus=1",
                 "--object-store-memory=80000000",
+                # Fixed by default: the agent of a second Ray on this machine ends without it.
+                f"--dashboard-agent-listen-port={free_ports(1)[0]}",
                 "--disable-usage-stats",
             ],
             env={

@@ -2,7 +2,7 @@
 
 There is one process per device; they start and end together.  They rendezvous through a file in the attempt's
 folder, which all nodes have to see anyway for the checkpoints, so that no port has to be chosen.  Besides
-gradients and parameters, they communicate over gloo, on the CPU.
+gradients and parameters, they communicate over gloo, on the CPU; on one machine over its loopback interface.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from autosft.profiles.hardware.local_sockets import local_only
 from autosft.studies.trial import StopReason, TrialJob
 from autosft.workers.device import TrialDevice
 
@@ -66,7 +67,9 @@ def seat_environment(job: TrialJob, seat: Seat) -> dict[str, str | None]:
     A single process must not see any of them, even if a launcher started autosft itself.
     """
     several = len(job.device_uuids) > 1
+    is_here = several and len(seat.ranks_here) == len(job.device_uuids)
     return {
+        **(local_only() if is_here else {}),
         "RANK": str(seat.rank) if several else None,
         "WORLD_SIZE": str(len(job.device_uuids)) if several else None,
         "LOCAL_RANK": str(seat.local_rank) if several else None,

@@ -9,6 +9,7 @@ bus bandwidth as nccl-tests defines it: 2 (n-1)/n of the message's bytes, divide
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 import time
@@ -22,6 +23,7 @@ from torch.multiprocessing.spawn import spawn
 
 from autosft.profiles.hardware.benchmark import TIMEOUT_S
 from autosft.profiles.hardware.device_kinds import DeviceKind
+from autosft.profiles.hardware.local_sockets import local_only
 
 NUM_ROUNDS = 5  # the fastest counts: other programs can only slow a round down
 NUM_AT_ONCE = 4
@@ -30,6 +32,7 @@ NUM_AT_ONCE = 4
 def main(arguments: Sequence[str]) -> None:
     """Measure over `arguments`, a kind and a number of devices; print bytes per second."""
     kind, num_devices = DeviceKind(arguments[0]), int(arguments[1])
+    os.environ.update(local_only())
     with tempfile.TemporaryDirectory(prefix="autosft-") as folder:
         spawn(_measure, (num_devices, kind, Path(folder)), nprocs=num_devices)  # type: ignore[no-untyped-call]
         slowest_s = max(float(file.read_text()) for file in Path(folder).glob("seconds-*"))

@@ -1,9 +1,8 @@
 """Ray on this machine for as long as a command runs, or an existing cluster.
 
-A local Ray is private: its own token, no dashboard unless requested, no telemetry, no logs on the terminal,
-all files in one folder.  However the command ends, nothing of it is left after ten seconds: a regular exit
-kills everything, and a watchdog does it for a driver that died.  Ray always listens on every interface; the
-token is what protects it.
+A local Ray is private: it listens on loopback alone, has its own token, no dashboard unless requested, no
+telemetry, no logs on the terminal, all files in one folder.  However the command ends, nothing of it is left
+after ten seconds: a regular exit kills everything, and a watchdog does it for a driver that died.
 """
 
 from __future__ import annotations
@@ -26,7 +25,13 @@ from typing import Any
 
 from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.scheduler.cluster import watchdog
-from autosft.scheduler.cluster.loopback import require_loopback
+from autosft.scheduler.cluster.loopback import (
+    BINDING,
+    bound_elsewhere,
+    is_loopback_address,
+    on_loopback,
+    require_loopback,
+)
 from autosft.scheduler.cluster.own_signals import keep_handlers_out, own_sigterm
 from autosft.scheduler.cluster.run_folder import guarded, run_folder
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter, WarmServer
@@ -173,7 +178,9 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
             # Ray reads both on import, which may have happened already; ray.init does the same.
             Config.initialize("")
             AuthenticationTokenLoader.instance().reset_cache()
-            context = _init_ray(run_dir, dashboard, leave)
+            with on_loopback():
+                context = _init_ray(run_dir, dashboard, leave)
+        cluster._error = bound_elsewhere(context.address_info)
         cluster.address = context.address_info["gcs_address"]
         cluster.dashboard_url = context.dashboard_url or None
         cluster.start_s = time.monotonic() - started
@@ -259,6 +266,7 @@ def _ray_environment(run_dir: Path) -> dict[str, str]:
     token_path.touch(mode=0o600)
     token_path.write_text(_TOKEN)
     return {
+        **BINDING,
         watchdog.RUN_VARIABLE: str(run_dir),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_path),
@@ -307,8 +315,9 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
 
     started = time.monotonic()
     keep_handlers_out(ray._raylet.__file__)
+    as_given = on_loopback() if is_loopback_address(address.rpartition(":")[0]) else contextlib.nullcontext()
     try:
-        with own_sigterm():  # Ray's ends the process before a trial can save a checkpoint
+        with as_given, own_sigterm():  # Ray's ends the process before a trial can save a checkpoint
             context = ray.init(address=address, log_to_driver=False, job_config=without_user_folders())
     except (ConnectionError, RuntimeError) as error:
         raise UserError(

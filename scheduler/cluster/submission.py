@@ -82,8 +82,15 @@ class Jobs:
                         metadata={"autosft": shlex.join(arguments)},
                     )
                 except RuntimeError as error:  # Ray raises nothing narrower
-                    if "No available agent" not in str(error) or time.monotonic() > deadline:
+                    if "No available agent" not in str(error):
                         raise
+                    if time.monotonic() > deadline:
+                        raise UserError(
+                            f"the head at {self.address} has no agent that starts jobs, "
+                            f"{START_S:.0f} s after it was asked.",
+                            remedy="Another Ray on that machine may hold its port (52365): start the head "
+                            "with --dashboard-agent-listen-port=PORT.",
+                        ) from error
                     time.sleep(1.0)
                 else:
                     return str(job), package

@@ -30,14 +30,17 @@ def test_a_machine_too_busy_for_ray_gets_more_time(
     monkeypatch: pytest.MonkeyPatch, num_failures: int
 ) -> None:
     import ray
+    from ray._private import ray_constants
 
     starts: list[str] = []
 
     def init(**options: str) -> SimpleNamespace:
+        assert not ray_constants.ENABLE_RAY_CLUSTER, "it listens on all interfaces"
         starts.append(options["_temp_dir"])
         if len(starts) <= num_failures:
             raise Exception("The current node timed out during startup.")
-        return SimpleNamespace(address_info={"gcs_address": "here:1"}, dashboard_url="")
+        info = {"gcs_address": "here:1", "node_ip_address": "127.0.0.1"}
+        return SimpleNamespace(address_info=info, dashboard_url="")
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
@@ -223,15 +226,25 @@ def is_server(process: psutil.Process) -> bool:
     return os.getsid(process.pid) == process.pid and "warm_server" not in str(process.parent().cmdline())
 
 
+# `ray start` replaces loopback addresses by reachable ones, at which a local Ray does not listen.
+JOINING = """
+from ray._private import services
+services.resolve_ip_for_localhost = lambda host: host
+from ray.scripts.scripts import main
+main()
+"""
+ON_LOOPBACK = ("--node-ip-address=127.0.0.1", "--num-cpus=0")
+
+
 @pytest.fixture
 def second_node(cluster: clusters.Cluster, tmp_path: Path) -> str:
-    """Join a second raylet of this machine; return its node id."""
+    """Join a second raylet of this machine, over loopback as the first; return its node id."""
     import ray
 
     assert cluster.address is not None
     run_dir = run_dir_of(cluster)
     subprocess.run(
-        [Path(sys.executable).with_name("ray"), "start", f"--address={cluster.address}", "--num-cpus=0"],
+        [sys.executable, "-c", JOINING, "start", f"--address={cluster.address}", *ON_LOOPBACK],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),

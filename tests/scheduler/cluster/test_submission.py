@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import itertools
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -20,7 +22,7 @@ import pytest
 from autosft.cli import main
 from autosft.commands.submit import on_cluster
 from autosft.profiles.errors import UserError
-from autosft.scheduler.cluster import job_package
+from autosft.scheduler.cluster import job_package, submission
 from autosft.scheduler.cluster.submission import Jobs, is_loopback, url_of
 from tests.ray_nodes import ROOT, RayNodes, ray_nodes
 
@@ -229,6 +231,20 @@ def test_wrong_addresses_are_told_apart(
     monkeypatch.setattr(OpenDashboard, "answer", "hello")
     assert main(["jobs", "list", "--address", f"127.0.0.1:{open_port}"]) == 2
     assert "is not Ray's Jobs API" in capsys.readouterr().err
+
+
+def test_a_head_without_an_agent_for_jobs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoAgent:
+        def submit_job(self, **_: object) -> str:
+            raise RuntimeError("Request failed with status code 500: No available agent to submit job, ...")
+
+    seconds = itertools.count(0.0, 20.0)
+    clock = SimpleNamespace(monotonic=lambda: next(seconds), sleep=lambda _: None)
+    monkeypatch.setattr(submission, "time", clock)
+    with pytest.raises(UserError, match=r"head:8265 has no agent .*, 60 s after") as refusal:
+        Jobs(NoAgent(), "head:8265").submit(["tune"], folder=None)
+    assert "--dashboard-agent-listen-port" in str(refusal.value.remedy)
+    assert next(seconds) == 100.0, "it was asked until the time was over"
 
 
 # --- a running head -----------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
+from autosft.profiles.hardware.local_sockets import INTERFACE_VARIABLES
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialJob
 from autosft.workers.processes.attempt_process import environment_of
 from autosft.workers.processes.starters import ColdStarter, WarmServer, server_environment
@@ -105,6 +106,16 @@ def test_a_rank_knows_its_place_on_its_node() -> None:
     seen = environment_of(job, Seat(rank=2, ranks_here=(1, 2)))
     assert seen["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-c"
     assert [seen[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["2", "1", "3"]
+
+
+def test_ranks_listen_on_loopback_unless_some_are_on_another_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = set(INTERFACE_VARIABLES)
+    for variable in variables:
+        monkeypatch.delenv(variable, raising=False)
+    job = replace(make_job(), device_uuids=("GPU-a", "GPU-b", "GPU-c"))
+    assert variables <= set(environment_of(job, Seat(rank=1, ranks_here=(0, 1, 2))))
+    assert not variables & set(environment_of(job, Seat(rank=2, ranks_here=(1, 2))))
+    assert not variables & set(environment_of(make_job(), Seat(rank=0, ranks_here=(0,))))
 
 
 def test_an_attempt_has_a_session_and_an_environment_of_its_own(server: WarmServer, tmp_path: Path) -> None:
