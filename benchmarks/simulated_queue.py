@@ -49,7 +49,9 @@ class MemoryQueue:
 
     def heartbeat(self, generation: int, *, now: float) -> None: ...
 
-    def items(self, states: Collection[ItemState] = OPEN_STATES) -> tuple[Item, ...]:
+    def items(
+        self, states: Collection[ItemState] = OPEN_STATES, *, limit: int | None = None
+    ) -> tuple[Item, ...]:
         return tuple(item for item in self.open.values() if item.state in states)
 
     def states(self, item_ids: Collection[int]) -> dict[int, ItemState]:
@@ -78,13 +80,15 @@ class MemoryQueue:
         self.open[item.id] = item
         return item, True
 
-    def book(self, item_id: int, place: Place, *, launch: str, generation: int, now: float) -> Item:
+    def book(
+        self, item_id: int, place: Place, *, launch: str, generation: int, ends_at: float | None, now: float
+    ) -> Item:
         item = self.open[item_id]
         assert item.state in QUEUED_STATES
         waited_s = now - item.queued_at
         self.longest_waits[item_id] = max(waited_s, self.longest_waits.get(item_id, 0.0))
         self.starts.setdefault(item_id, now)
-        return self._put(item, state=S.STARTING, place=place, launch=launch, started_at=now, ends_at=None)
+        return self._put(item, state=S.STARTING, place=place, launch=launch, started_at=now, ends_at=ends_at)
 
     def claim(self, item_id: int, *, launch: str, process: Driver, now: float) -> Item:
         return self._put(self.open[item_id], state=S.RUNNING, process=process, charged_until=now)

@@ -148,7 +148,7 @@ class Item:
     num_starts: int = 0
     num_lost: int = 0  # starts in a row whose driver vanished without progress
     progress: float = 0.0  # 0..1, measured by its records
-    ends_at: float | None = None  # predicted by its driver while it runs
+    ends_at: float | None = None  # predicted at its start, and by its driver while it runs
     device_s: float = 0.0  # seconds of devices used, over all starts
     charged_until: float | None = None  # while it runs: to where `device_s` and its owner's usage go
 

@@ -7,7 +7,7 @@ which it will start soonest, and others overtake it only if they do not delay it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from autosft.scheduler.decide.occupancy import Kind, Option
 from autosft.scheduler.decide.placement import (
@@ -92,13 +92,16 @@ class Queue:
         self.filling = Filling(self.kinds, now=now, max_behind=self._max_behind)
         self.num_left = num_waiting
 
-    def in_order(self) -> Iterator[Item]:
-        """Yield the items that may start, in their order; order counts them as used, quotas do not."""
+    def in_order(self, later: Sequence[Item] = ()) -> Iterator[Item]:
+        """Yield the items that may start, and `later` ones, in their order.
+
+        The order counts them as used, quotas do not.
+        """
         counted = {
             owner: Standing(share=standing.share, used_s=standing.used_s, week_s=standing.week_s)
             for owner, standing in self.standings.items()
         }
-        return in_order(self.ready, counted, self.situation)
+        return in_order([*self.ready, *later], counted, self.situation)
 
     def offer(self, item: Item) -> Start | None:
         """Start an item if there is room for it that is not kept for others."""

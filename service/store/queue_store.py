@@ -281,8 +281,20 @@ class QueueStore:
         with self._read() as connection:
             return server_lease.read_server(connection)
 
-    def book(self, item_id: int, place: Place, *, launch: str, generation: int, now: float) -> Item:
-        """Record that an item starts, before its driver is started: only who claims `launch` may run it."""
+    def book(
+        self,
+        item_id: int,
+        place: Place,
+        *,
+        launch: str,
+        generation: int,
+        ends_at: float | None = None,
+        now: float,
+    ) -> Item:
+        """Record that an item starts, before its driver is started: only who claims `launch` may run it.
+
+        `ends_at` is predicted, with what is beside it, until its driver knows better.
+        """
         with self._write() as connection:
             server_lease.check(connection, generation)
             item = one(connection, item_id, lock=True)
@@ -296,7 +308,7 @@ class QueueStore:
                 launch=launch,
                 started_at=now,
                 num_starts=item.num_starts + 1,
-                ends_at=None,
+                ends_at=ends_at,
                 then=None,
                 rank=None,
                 note="",
@@ -344,7 +356,8 @@ class QueueStore:
         """Record how far running items are, together; nothing for a start that is over."""
         if not paces:
             return
-        placed = _ITEMS.c.state.in_([state.value for state in PLACED_STATES])
+        # Not IN, whose values a statement for many rows cannot have.
+        placed = sa.or_(*(_ITEMS.c.state == state.value for state in PLACED_STATES))
         this = (_ITEMS.c.id == sa.bindparam("item")) & (_ITEMS.c.launch == sa.bindparam("its_launch"))
         columns = [
             {"item": one.item, "its_launch": one.launch, "progress": one.progress, "ends_at": one.ends_at}
