@@ -99,24 +99,25 @@ def device_on_page(device: models.ShownDevice) -> dict[str, Any]:
     num_booked = sum(one.num_bytes for one in device.predicted)
     num_held = sum(one.num_bytes for one in device.measured)
     left = max(0, device.total_bytes - num_booked - device.others_bytes)
+    bars = [
+        {
+            "label": "predicted",
+            "parts": booked + others,
+            "text": f"{gib(num_booked)} booked, {gib(left)} left",
+        },
+        {
+            "label": "measured",
+            "parts": held + others,
+            "text": f"{gib(num_held)} ours, {gib(device.others_bytes)} others', "
+            f"{gib(device.free_bytes)} free",
+        },
+    ]
     return {
         "name": device.name,
         "node": device.node,
         "index": device.index,
         "total": gib(device.total_bytes),
-        "bars": [
-            {
-                "label": "predicted",
-                "parts": booked + others,
-                "text": f"{gib(num_booked)} booked, {gib(left)} left",
-            },
-            {
-                "label": "measured",
-                "parts": held + others,
-                "text": f"{gib(num_held)} ours, {gib(device.others_bytes)} others', "
-                f"{gib(device.free_bytes)} free",
-            },
-        ],
+        "bars": bars if device.is_measured else bars[:1],
     }
 
 

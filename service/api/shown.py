@@ -92,6 +92,7 @@ def shown_device(use: DeviceUse, names: dict[int, str]) -> models.ShownDevice:
         measured=memory(use.measured),
         others_bytes=use.others_bytes,
         free_bytes=use.free_bytes,
+        is_measured=use.is_measured,
     )
 
 

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
+class DatabaseError(UserError):
+    """The study database cannot be used: it does not answer, is damaged, full or read-only."""
+
+
 _MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
 #: How long a writer waits for another, which write for milliseconds, before the user is told: SQLite itself
@@ -214,15 +219,21 @@ def readable_errors(url: URL) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:  # of names that SQLite reports an error about
-        raise UserError(
+        raise DatabaseError(
             f"The study database {display(url)} is damaged: {error}.", remedy=_KNOWN_ERRORS["malformed"]
+        ) from error
+    except sa.exc.TimeoutError as error:
+        raise DatabaseError(
+            f"The study database {display(url)} does not answer: all connections are in use.",
+            remedy="Check that its server runs, then try again.",
         ) from error
     except (DBAPIError, sqlite3.DatabaseError) as error:
         told = str(getattr(error, "orig", None) or error).strip()
         for pattern, remedy in _KNOWN_ERRORS.items():
             if re.search(pattern, told, re.IGNORECASE):
                 first_line = told.splitlines()[0] + _cause(url)
-                raise UserError(f"The study database {display(url)}: {first_line}.", remedy=remedy) from error
+                said = f"The study database {display(url)}: {first_line}."
+                raise DatabaseError(said, remedy=remedy) from error
         raise
 
 
@@ -270,6 +281,8 @@ _KNOWN_ERRORS = {
     "connection failed": "Check host, port and that the server runs.",
     "connection refused": "Check host, port and that the server runs.",
     "connection to server": "Check host, port, user and that the server runs.",
+    "the database system is|terminating connection|server closed the connection": "Check that the server "
+    "runs, then run the same command again.",
     "the connection is closed": "Check that the server runs, then run the same command again.",
     "password": "Check user and password.",
     '(database|role) ".*" does not exist': "Check the names of database and user.",

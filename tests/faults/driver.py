@@ -14,15 +14,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from autosft.cli import DONE, FAILED, STOPPED, WRONG_REQUEST
+from autosft.cli import DONE, FAILED, INTERRUPTED, STOPPED, WRONG_REQUEST
 from autosft.commands.stopping import StopSwitch
-from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.profiles.errors import InterruptedRunError, StudyFailedError, UserError
 from autosft.profiles.hardware.discover import profile_hardware
 from autosft.profiles.hardware.leases import Leases
 from autosft.scheduler.cluster.nodes import NodeDevices
 from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import run_study
+from autosft.studies.store.database import DatabaseError
 from autosft.studies.values import StudyInUseError
 from autosft.workers.processes.starters import WarmServer
 from benchmarks.empty_study import describe_study, taken_over
@@ -40,6 +41,7 @@ class Options:
     folder: Path
     num_trials: int
     address: str | None = None  # of a cluster; a local one is started if not given
+    study: str = STUDY
 
 
 def main() -> int:
@@ -53,8 +55,11 @@ def main() -> int:
     except StudyInUseError as error:
         print(error, file=sys.stderr)
         return WRONG_REQUEST
+    except (InterruptedRunError, DatabaseError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return INTERRUPTED
     except (StudyFailedError, UserError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
     return STOPPED if stop.requested() else DONE
 
@@ -77,7 +82,7 @@ def drive(options: Options, stop: StopSwitch) -> None:
             options.num_trials,
             options.folder,
             here.devices,
-            name=STUDY,
+            name=options.study,
             num_evaluations=NUM_EVALUATIONS,
             keep_best=KEEP_BEST,
         )
