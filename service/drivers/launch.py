@@ -7,9 +7,11 @@ Ends with NOT_CLAIMED, having done nothing, if the start was withdrawn or anothe
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from pathlib import Path
 
 from autosft.service.store.queue_store import open_queue
 from autosft.studies.values import Driver
@@ -18,6 +20,22 @@ DATABASE = "AUTOSFT_QUEUE_DATABASE"
 ITEM = "AUTOSFT_QUEUE_ITEM"
 LAUNCH = "AUTOSFT_QUEUE_LAUNCH"
 NOT_CLAIMED = 75
+
+
+#: Of the kernel's choice when memory runs out, from -1000 to 1000: before the server, the shell that tells of
+#: the driver's end and everything else that has said nothing.
+OUT_OF_MEMORY_SCORE = 500
+
+
+def be_chosen_first() -> None:
+    """Have the kernel end this process and what it starts before the server, when memory runs out (Linux).
+
+    What is ended goes on from its checkpoints; a server, a database or a login that is ended all would miss.
+    """
+    score = Path("/proc/self/oom_score_adj")
+    with contextlib.suppress(OSError, ValueError):
+        if int(score.read_text()) < OUT_OF_MEMORY_SCORE:
+            score.write_text(str(OUT_OF_MEMORY_SCORE))
 
 
 def main(command: list[str]) -> None:
@@ -29,6 +47,7 @@ def main(command: list[str]) -> None:
     queue.close()
     if claimed is None:
         raise SystemExit(NOT_CLAIMED)
+    be_chosen_first()
     sys.stdout.flush()
     os.execvp(command[0], command)  # nosec B606 - the server's own command, without a shell
 

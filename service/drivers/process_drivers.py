@@ -150,15 +150,7 @@ class ProcessDrivers:
 
     def _last_words(self, item_id: int) -> str:
         """Return the error that a driver ended with, or else the last line of its log."""
-        try:
-            with log_path(self.folder, item_id).open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - 16_384))
-                lines = log.read().decode("utf-8", "replace").splitlines()
-        except OSError:
-            return ""
-        starts = [at for at, line in enumerate(lines) if line.startswith(START)]
-        own = lines[starts[-1] + 1 :] if starts else lines
-        said = [line.strip() for line in own if line.strip()]
+        said = [line.strip() for line in present_words(self.folder, item_id).splitlines() if line.strip()]
         errors = [at for at, line in enumerate(said) if line.lower().startswith("error:")]
         return "\n".join(said[errors[-1] :] if errors else said[-1:])[:MAX_MESSAGE]
 
@@ -166,6 +158,19 @@ class ProcessDrivers:
 def log_path(folder: Path, item_id: int) -> Path:
     """Return where an item's drivers write what they say, one start after the other."""
     return _item_folder(folder, item_id) / "log.txt"
+
+
+def present_words(folder: Path, item_id: int) -> str:
+    """Return the end of what an item has printed since its present or last start, "" for nothing."""
+    try:
+        with log_path(folder, item_id).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 16_384))
+            text = log.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    lines = text.splitlines()
+    starts = [at for at, line in enumerate(lines) if line.startswith(START)]
+    return "\n".join(lines[starts[-1] + 1 :] if starts else lines)
 
 
 def _item_folder(folder: Path, item_id: int) -> Path:

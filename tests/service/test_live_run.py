@@ -71,6 +71,36 @@ def test_two_people_share_a_server_that_is_killed(house: House) -> None:
     house.until(lambda: not house.processes())
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_server_that_is_stopped_for_a_while_saves_what_runs(tmp_path: Path) -> None:
+    house = furnished(tmp_path, options=("--hardware", "cpu", "--on-stop", "checkpoint"))
+    try:
+        house.start()
+        with house.client() as client:
+            settings = {"model": "llama", "data": "chats.jsonl", "method": "full", "prune": False}
+            settings |= {"trials": NUM_TRIALS, "evaluations": 4, "epochs": 12}
+            item = client.submit("tune", settings, name="first")["id"]
+            house.until(lambda: has_measured(house, client, "first"))
+            assert house.server is not None
+            house.server.send_signal(signal.SIGTERM)
+            assert house.server.wait(120) == 0
+            house.until(lambda: not house.processes())  # saved, and gone
+            with closing(open_records(house.database)) as records:
+                study = records.read_study("first")
+                assert study.num_finished() < NUM_TRIALS
+                assert any(kept.has_resume_state for kept in study.checkpoints())
+            house.start()
+            house.until(lambda: client.item(item)["state"] == "done")
+            assert client.item(item)["num_starts"] == 2
+            log = house.run("queue", "log", "first", "--server", house.url)
+        with closing(open_records(house.database)) as records:
+            check_exact(records.read_study("first"))
+            check_went_on(records.read_study("first"), log)
+    finally:
+        house.end()
+
+
 def tune(house: House, by: str, name: str, *flags: str) -> None:
     words = ("tune", *COMMON, "--study", name, "--trials", str(NUM_TRIALS), *flags)
     house.run("submit", "--server", house.url, "--", *words, by=by)
