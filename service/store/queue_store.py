@@ -34,6 +34,7 @@ from autosft.service.store.transitions import (
     leave_place,
     moved_error,
     one,
+    report,
     require,
     several,
     stop,
@@ -356,20 +357,8 @@ class QueueStore:
         """Record how far running items are, together; nothing for a start that is over."""
         if not paces:
             return
-        # Not IN, whose values a statement for many rows cannot have.
-        placed = sa.or_(*(_ITEMS.c.state == state.value for state in PLACED_STATES))
-        this = (_ITEMS.c.id == sa.bindparam("item")) & (_ITEMS.c.launch == sa.bindparam("its_launch"))
-        columns = [
-            {"item": one.item, "its_launch": one.launch, "progress": one.progress, "ends_at": one.ends_at}
-            for one in paces
-        ]
-        ahead = [
-            {"item": one.item, "its_launch": one.launch, "num_lost": 0} for one in paces if one.progress > 0
-        ]
         with self._write() as connection:
-            connection.execute(sa.update(_ITEMS).where(this & placed), columns)
-            if ahead:  # progress ends a row of losses
-                connection.execute(sa.update(_ITEMS).where(this & placed & (_ITEMS.c.num_lost > 0)), ahead)
+            report(connection, paces)
 
     def charge(self, item_ids: Collection[int], *, now: float) -> None:
         """Charge the owners of running items for the time since the last charge."""

@@ -12,7 +12,15 @@ from sqlalchemy.engine import Connection
 from autosft.profiles.errors import UserError
 from autosft.service.store import usage
 from autosft.service.store.item_rows import cell, item_from
-from autosft.service.values import OPEN_STATES, PLACED_STATES, QUEUED_STATES, Item, ItemState, Submission
+from autosft.service.values import (
+    OPEN_STATES,
+    PLACED_STATES,
+    QUEUED_STATES,
+    Item,
+    ItemState,
+    Pace,
+    Submission,
+)
 from autosft.studies.store import tables
 
 _ITEMS = tables.service_items
@@ -138,6 +146,21 @@ def charge(connection: Connection, items: Sequence[Item], *, now: float) -> None
         by_owner[item.owner] = by_owner.get(item.owner, 0.0) + used_s.get(item.id, 0.0)
     for owner, seconds in sorted(by_owner.items()):  # in one order: no two servers wait for each other
         usage.add(connection, owner, seconds, now=now)
+
+
+def report(connection: Connection, paces: Sequence[Pace]) -> None:
+    """Record how far placed items are; nothing for a start that is over."""
+    # Not IN, whose values a statement for many rows cannot have.
+    placed = sa.or_(*(_ITEMS.c.state == state.value for state in PLACED_STATES))
+    this = (_ITEMS.c.id == sa.bindparam("item")) & (_ITEMS.c.launch == sa.bindparam("its_launch"))
+    columns = [
+        {"item": one.item, "its_launch": one.launch, "progress": one.progress, "ends_at": one.ends_at}
+        for one in paces
+    ]
+    ahead = [{"item": one.item, "its_launch": one.launch, "num_lost": 0} for one in paces if one.progress > 0]
+    connection.execute(sa.update(_ITEMS).where(this & placed), columns)
+    if ahead:  # progress ends a row of losses
+        connection.execute(sa.update(_ITEMS).where(this & placed & (_ITEMS.c.num_lost > 0)), ahead)
 
 
 def tell(connection: Connection, item: Item, *, now: float) -> None:
