@@ -286,6 +286,7 @@ class Replay:
             forecast_every_s=forecast_every_s,
             policy=policy,
         )
+        loop_module.FORECAST_REST = 0.0  # the pause after a forecast is in seconds of another clock
         self.loop.begin(Driver(host="sim", pid=1, pid_started_at=0.0))
 
     def submit(self, drawn: tuple[Submission, Work]) -> int:
