@@ -222,6 +222,9 @@ def readable_errors(url: URL) -> Iterator[None]:
             if re.search(pattern, told, re.IGNORECASE):
                 first_line = told.splitlines()[0] + _cause(url)
                 raise UserError(f"The study database {display(url)}: {first_line}.", remedy=remedy) from error
+        if getattr(error, "connection_invalidated", False):  # a server ended, or ended the connection
+            first_line = told.splitlines()[0] if told else "the connection is lost"
+            raise UserError(f"The study database {display(url)}: {first_line}.", remedy=_RUN_AGAIN) from error
         raise
 
 
@@ -256,6 +259,7 @@ def readable_rows(url: URL) -> Iterator[None]:
         ) from error
 
 
+_RUN_AGAIN = "Check that the server runs, then run the same command again."
 _KNOWN_ERRORS = {
     "not a database": "Choose another file with --storage; this one is not a database.",
     "unsupported file format|file is encrypted": "It is damaged: choose another with --storage.",
@@ -269,7 +273,7 @@ _KNOWN_ERRORS = {
     "connection failed": "Check host, port and that the server runs.",
     "connection refused": "Check host, port and that the server runs.",
     "connection to server": "Check host, port, user and that the server runs.",
-    "the connection is closed": "Check that the server runs, then run the same command again.",
+    "the connection is closed": _RUN_AGAIN,
     "password": "Check user and password.",
     '(database|role) ".*" does not exist': "Check the names of database and user.",
     "permission denied": "The user needs the right to create tables in this database.",
