@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -17,13 +18,14 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 from typer.main import get_command
 
-from autosft.profiles.errors import StorageError, StudyFailedError, UserError
+from autosft.profiles.errors import InterruptedRunError, StorageError, StudyFailedError, UserError
 from autosft.ui.terminal import guarded_output
 
 #: Maximum number of characters of a message: an invalid value need not be shown in full.
 _LONGEST = 2000
 
 DONE, FAILED, WRONG_REQUEST, STOPPED = 0, 1, 2, 130
+INTERRUPTED = 75  # as sysexits.h has it: a temporary failure
 
 SUMMARIES = {
     "tune": "Find the best fine-tuning run for a model and a data set on this machine.",
@@ -97,6 +99,8 @@ def root(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 failed, 2 invalid request, 130 stopped by the user.
 
+    75 is a failure of what it needs, after which the same command goes on.
+
     Anything a user can cause ends in one message on stderr.  Everything else is a bug in autosft: its
     traceback goes into a file that the message names.
     """
@@ -115,16 +119,30 @@ def _run(given: Sequence[str]) -> int:
     except TyperException as error:
         return complain(*rephrased(error), code=WRONG_REQUEST)
     except UserError as error:
-        return complain(error.message, error.remedy, code=WRONG_REQUEST)
+        return complain(
+            error.message, error.remedy, code=INTERRUPTED if ends_no_item(error) else WRONG_REQUEST
+        )
     except (KeyboardInterrupt, Abort):
         code = STOPPED
     except BrokenPipeError:
         leave_without_flushing(FAILED)
     except Exception as error:
-        return complain(*failure(error), code=FAILED)
+        return complain(
+            *failure(error), code=INTERRUPTED if isinstance(error, InterruptedRunError) else FAILED
+        )
     if code == STOPPED:  # also what typer makes of KeyboardInterrupt
         return complain("stopped", None, code=STOPPED, kind="")
     return code if isinstance(code, int) else DONE
+
+
+def ends_no_item(error: UserError) -> bool:
+    """Whether an item of a queue goes on after this: its database, which it was claimed in, went away."""
+    database = sys.modules.get("autosft.studies.store.database")
+    return (
+        "AUTOSFT_QUEUE_ITEM" in os.environ
+        and database is not None
+        and isinstance(error, database.DatabaseError)
+    )
 
 
 def complain(message: str, remedy: str | None, *, code: int, kind: str = "error: ") -> int:

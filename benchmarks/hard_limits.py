@@ -77,6 +77,7 @@ class Drawn:
     effective_batch_size: int
     free_mib: int
     padding_free: bool = False
+    precision: str = "auto"
 
 
 def main() -> int:
@@ -91,15 +92,17 @@ def main() -> int:
     )
     parser.add_argument("--time-budget", type=float, default=1e9, help="seconds")
     parser.add_argument("--padding-free", action="store_true", help="micro batches as rows of examples")
+    parser.add_argument("--precision", default="auto", help="as of `autosft tune`")
+    parser.add_argument("--only", type=int, nargs="+", help="these requests alone")
     options = parser.parse_args()
     deadline = time.monotonic() + options.time_budget
     done = read_rows(options.out)
     with ProcessPoolExecutor(1, get_context("spawn")) as maker:
-        for number in range(options.num):
+        for number in options.only or range(options.num):
             left = [share for share in options.shares if (number, share) not in done]
             if not left or time.monotonic() > deadline:
                 continue
-            drawn = replace(draw(number), padding_free=options.padding_free)
+            drawn = replace(draw(number), padding_free=options.padding_free, precision=options.precision)
             for row in run_where_it_fits(drawn, options.data, left, maker):
                 done[number, row["share"]] = row
                 with options.out.open("a", encoding="utf-8") as out:
@@ -257,6 +260,7 @@ def request_for(drawn: Drawn, data: Path, folder: Path) -> TuneRequest:
         evaluations=1,
         method=drawn.method,
         padding_free=drawn.padding_free,
+        precision=drawn.precision,
         block_size=drawn.seq_len if drawn.data.endswith(".txt") else None,
         space={"seq_len": drawn.seq_len, "effective_batch_size": drawn.effective_batch_size},
     )

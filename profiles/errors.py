@@ -33,5 +33,9 @@ class StudyFailedError(Exception):
     """The work itself keeps failing: exit code 1."""
 
 
+class InterruptedRunError(StudyFailedError):
+    """What the work needs has died under it, such as Ray: the same command goes on later; exit code 75."""
+
+
 class StorageError(OSError):
     """Storage at a URL cannot be reached, or denies access."""

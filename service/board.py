@@ -25,6 +25,7 @@ class DeviceUse:
     measured: tuple[tuple[int, int], ...] = ()  # (item, what its processes hold now)
     others_bytes: int = 0  # measured: processes that are not ours
     free_bytes: int = 0  # measured
+    is_measured: bool = True  # False for other nodes: what others hold and is free was seen when they joined
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile, usab
 from autosft.profiles.hardware.discover import profile_hardware, refresh, select
 from autosft.profiles.hardware.leases import LeaseInfo, Leases
 from autosft.scheduler.decide.sharing import MAX_SHARING, assumed_overhead
-from autosft.service.values import Device
+from autosft.service.values import Device, is_elsewhere
 
 
 class Devices(Protocol):
@@ -44,8 +44,13 @@ class MachineDevices:
 
 
 def device_kind(profile: DeviceProfile) -> str:
-    """Return the kind of a device, shared by those that take the same plans: its name and its size."""
-    return f"{profile.name}, {profile.total_bytes / (1 << 30):.0f} GiB"
+    """Return the kind of a device, shared by those that take the same plans: its name and its size.
+
+    Devices of the server's machine and of other nodes of a cluster are of two kinds: only studies run there,
+    and a study that does runs on that cluster.
+    """
+    kind = f"{profile.name}, {profile.total_bytes / (1 << 30):.0f} GiB"
+    return f"{kind}, other nodes" if is_elsewhere(profile.node) else kind
 
 
 def device_from(

@@ -18,7 +18,8 @@ from autosft.service.board import MAX_ENDED, Board, DeviceUse, board_of
 from autosft.service.devices import device_from
 from autosft.service.loop import View
 from autosft.service.store.queue_store import QueueStore
-from autosft.service.values import ENDED_STATES, OPEN_STATES, Item
+from autosft.service.values import ENDED_STATES, OPEN_STATES, Item, is_elsewhere
+from autosft.studies.store.database import DatabaseError
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +137,16 @@ class LiveBoard:
         events = self._queue.events(since=self._event, limit=MAX_EVENTS)
         if not events:
             return False
-        self._event = events[-1].id
         for event in events:
             self._touched[event.item] = event.at
         for number in {event.item for event in events}:
-            with contextlib.suppress(UserError):
+            try:
                 self._items[number] = self._queue.get(number)
+            except DatabaseError:
+                raise
+            except UserError:
+                logger.exception("item %d cannot be read", number)  # its row is damaged: the others are shown
+        self._event = events[-1].id  # once all is read: a database that goes away meanwhile is asked again
         self._forget()
         if len(events) == MAX_EVENTS:
             self._due.set()
@@ -183,6 +188,8 @@ class LiveBoard:
 
 def uses_of(cluster: ClusterProfile, placed: Collection[Item]) -> tuple[DeviceUse, ...]:
     """Return the devices with what is booked on them and what processes hold."""
+    if not cluster.devices:  # of a cluster that does not answer
+        return ()
     now = refresh(cluster)
     pids = {item.id: pids_of(item) for item in placed}
     return tuple(_use(profile, placed, pids) for profile in now.devices)
@@ -191,6 +198,14 @@ def uses_of(cluster: ClusterProfile, placed: Collection[Item]) -> tuple[DeviceUs
 def _use(profile: DeviceProfile, placed: Collection[Item], pids: dict[int, set[int]]) -> DeviceUse:
     there = [item for item in placed if item.place is not None and profile.uuid in item.place.device_uuids]
     booked = tuple((item.id, item.place.bytes_each) for item in there if item.place is not None)
+    if is_elsewhere(profile.node):  # not measured: what was free when its node was asked
+        return DeviceUse(
+            device=device_from(profile, (), own_pids=()),
+            booked=booked,
+            others_bytes=_rounded(max(0, profile.total_bytes - profile.free_bytes)),
+            free_bytes=_rounded(max(0, profile.free_bytes - sum(size for _, size in booked))),
+            is_measured=False,
+        )
     if profile.kind.traits.has_own_memory:
         held = {
             item.id: sum(

@@ -20,15 +20,16 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from typing import IO
 
 from autosft.profiles.errors import UserError
 from autosft.service.board import Board, difference
-from autosft.service.devices import MachineDevices
+from autosft.service.cluster_devices import devices_of
 from autosft.service.drivers.command import DriverCommand, driver_command
-from autosft.service.drivers.process_drivers import ProcessDrivers
+from autosft.service.drivers.process_drivers import ProcessDrivers, present_words
+from autosft.service.drivers.progress import item_progress
 from autosft.service.drivers.protocol import Drivers
-from autosft.service.drivers.study_progress import study_progress
 from autosft.service.live import LiveBoard, uses_of
 from autosft.service.loop import Loop
 from autosft.service.loop_messages import Command, Message, Pictured, Refused, TrialTold
@@ -186,14 +187,16 @@ def opened(settings: Settings, outbox: Outbox) -> Iterator[Parts]:
     with ExitStack() as stack:
         queue = stack.enter_context(closing(open_queue(settings.storage)))
         records = stack.enter_context(closing(open_records(settings.storage)))
-        devices = MachineDevices(settings.hardware, gpus=settings.gpus)
+        devices = devices_of(
+            settings.hardware, settings.gpus, address=settings.address, nodes_file=settings.nodes_file
+        )
         drivers = ProcessDrivers(
             settings.items_folder,
             database=settings.storage,
             command=lambda item, given: recorded(item, given, settings),
-            progress=study_progress(records),
+            progress=item_progress(records, partial(present_words, settings.items_folder)),
         )
-        loop = Loop(queue, devices=devices, drivers=drivers, clock=time.time)
+        loop = Loop(queue, devices=devices, drivers=drivers, clock=time.time, policy=settings.policy)
         live = LiveBoard(queue, loop, clock=time.time, uses=lambda placed: uses_of(devices.cluster, placed))
         watch = TrialWatch(records.trial_states)
 
@@ -207,7 +210,7 @@ def opened(settings: Settings, outbox: Outbox) -> Iterator[Parts]:
 
 def recorded(item: Item, devices: Sequence[Device], settings: Settings) -> DriverCommand:
     """Return an item's command with this server's database."""
-    made = driver_command(item, devices, hardware=settings.hardware)
+    made = driver_command(item, devices, hardware=settings.hardware, address=settings.address)
     argv = list(made.argv)
     if item.arguments.command in _RECORDED:
         at = argv.index("--") if "--" in argv else len(argv)

@@ -22,7 +22,7 @@ from autosft.service.api.context import Service
 from autosft.service.api.events import Hub
 from autosft.service.api.submissions import plan_the_unplanned
 from autosft.service.board import DeviceUse
-from autosft.service.devices import MachineDevices
+from autosft.service.cluster_devices import ClusterDevices, HandedOut, NodeWatch, devices_of
 from autosft.service.drivers.process_drivers import log_path
 from autosft.service.live import uses_of
 from autosft.service.loop_child import LoopChild, SchedulerDiedError
@@ -67,7 +67,7 @@ def _login() -> str:
 class Server:
     """A server that has been put together; `begin`, then `end`."""
 
-    def __init__(self, service: Service, child: LoopChild, devices: MachineDevices) -> None:
+    def __init__(self, service: Service, child: LoopChild, devices: HandedOut) -> None:
         self.service, self.app = service, create_app(service)
         self._child, self._devices = child, devices
 
@@ -116,9 +116,8 @@ def open_server(settings: Settings, command_line: CommandLine, *, dashboard: Any
         records = stack.enter_context(closing(open_records(settings.storage)))
         settings.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         settings.limits.outputs.mkdir(mode=0o700, parents=True, exist_ok=True)
-        devices = MachineDevices(settings.hardware, gpus=settings.gpus)
         profile = settings.folder / "devices.json"
-        save_profile(devices.cluster, profile)
+        devices = stack.enter_context(handed_out(settings, profile))
         planner = Planner(
             python("-m", planner_process.__name__, str(profile), settings.storage),
             log=settings.folder / "planner.log",
@@ -149,6 +148,31 @@ def open_server(settings: Settings, command_line: CommandLine, *, dashboard: Any
             hub=hub,
         )
         yield Server(service, child, devices)
+
+
+@contextmanager
+def handed_out(settings: Settings, profile: Path) -> Iterator[HandedOut]:
+    """Give the devices that are handed out, and keep `profile`, which predictions rest on, up to date."""
+    devices = devices_of(
+        settings.hardware, settings.gpus, address=settings.address, nodes_file=settings.nodes_file
+    )
+    if not isinstance(devices, ClusterDevices):
+        save_profile(devices.cluster, profile)
+        yield devices
+        return
+    assert settings.address is not None
+    with closing(
+        NodeWatch(settings.address, settings.nodes_file, log=settings.folder / "nodes.log")
+    ) as nodes:
+        nodes.begin(on_change=lambda: devices.save(profile))
+        nodes.wait()
+        if not devices.cluster.devices:
+            raise UserError(
+                f"--address {settings.address}: no other node of the cluster has a device, and "
+                "there is no GPU here.",
+                remedy="Have the nodes join first (ray start), or hand out the cores here: --hardware cpu.",
+            )
+        yield devices
 
 
 def _existing(path: Path) -> Path | None:

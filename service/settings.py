@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from autosft.service.decide.situation import Policy
 from autosft.service.requests.limits import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -22,7 +23,9 @@ class Settings:
     host_names: tuple[str, ...] = ()  # by which others reach it, such as behind a proxy
     hardware: str = "auto"
     gpus: str | None = None
+    address: str | None = None  # of a Ray cluster that this machine is a node of
     is_behind_tls: bool = False
+    policy: Policy = field(default_factory=Policy)
 
     @property
     def is_loopback(self) -> bool:
@@ -32,6 +35,11 @@ class Settings:
     def items_folder(self) -> Path:
         """Where each item's drivers have their log."""
         return self.folder / "items"
+
+    @property
+    def nodes_file(self) -> Path:
+        """Where the devices of a cluster's other nodes are written as they come and go."""
+        return self.folder / "nodes.json"
 
     def hosts(self) -> frozenset[str]:
         """Return what a request's Host may be."""

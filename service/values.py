@@ -177,6 +177,16 @@ class Device:
     overhead: float = 1.0  # of sharing: `scheduler.decide.sharing`
     link_bytes_per_s: float | None = None
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is another node's of a cluster."""
+        return is_elsewhere(self.node)
+
+
+def is_elsewhere(node: str) -> bool:
+    """Whether a node is not the server's machine: `scheduler.cluster.nodes` names others HOST/NODE."""
+    return "/" in node
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class User:

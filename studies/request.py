@@ -63,7 +63,7 @@ class TuneRequest(BaseModel):
         "auto",
         description="auto, cpu (2xcpu: as two devices), the name of a known device, or a saved profile.",
     )
-    gpus: str | None = Field(None, description="GPUs to use, by index: 2,3.")
+    gpus: str | None = Field(None, description="GPUs to use, by index: 2,3; by UUID on any node.")
     num_gpus: int | None = Field(
         None, description="Number of GPUs to use: those with the most free memory.", ge=1
     )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.memory.host_kernels import padded_size
 from autosft.studies.trial import TrialJob
 
 if TYPE_CHECKING:
@@ -34,15 +35,32 @@ def require_same_evaluation(job: TrialJob, fingerprint: str) -> None:
 
 
 def collator(
-    tokenizer: PreTrainedTokenizerBase, seq_len: int, *, padding_free: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    *,
+    padding_free: bool = False,
+    in_few_sizes: bool = False,
 ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-    """Return trl's collator for examples truncated to `seq_len` tokens: padded, or packed into one row."""
+    """Return trl's collator for examples truncated to `seq_len` tokens: padded, or packed into one row.
+
+    `in_few_sizes`: rows are padded further, to one of few lengths (`profiles.memory.host_kernels`).
+    """
     together = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=padding_free)
 
     def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         batch: dict[str, Any] = together(
             [{name: example[name][:seq_len] for name in ("input_ids", "labels")} for example in examples]
         )
-        return batch
+        return batch if padding_free or not in_few_sizes else _padded(batch, seq_len, tokenizer.pad_token_id)
 
     return collate
+
+
+def _padded(batch: dict[str, Any], seq_len: int, pad_token_id: int) -> dict[str, Any]:
+    """Return a batch with rows of a size that few share, at most `seq_len` tokens; padding has no label."""
+    from torch.nn.functional import pad
+
+    fills = {"input_ids": pad_token_id, "labels": -100}
+    length = batch["input_ids"].shape[1]
+    more = min(padded_size(length), seq_len) - length
+    return {name: pad(rows, (0, more), value=fills.get(name, 0)) for name, rows in batch.items()}

@@ -16,6 +16,7 @@ import psutil
 from autosft.profiles.hardware.device_kinds import DeviceKind, kind_of_uuid
 from autosft.profiles.hardware.host import profile_host
 from autosft.profiles.memory.allocator.trial_settings import SETTINGS, can_expand, is_chosen
+from autosft.profiles.memory.host_kernels import compiles_per_shape
 from autosft.studies.trial import FailureKind, TrialJob
 
 
@@ -83,6 +84,12 @@ def device_of(job: TrialJob) -> TrialDevice:
     """Return the kind of device that a job runs on, by its UUIDs."""
     kinds = {kind_of_uuid(uuid) for uuid in job.device_uuids}
     return _DEVICES[kinds.pop()] if len(kinds) == 1 else CUDA
+
+
+def pads_to_few_sizes(job: TrialJob) -> bool:
+    """Whether a job's rows are padded to few sizes, since its device compiles products for each."""
+    device = DeviceKind.CPU if device_of(job).uses_host_memory else DeviceKind.CUDA
+    return compiles_per_shape(job.pinned.precision, device)
 
 
 def local_device() -> TrialDevice:

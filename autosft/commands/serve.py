@@ -58,6 +58,10 @@ def serve(
     ] = False,
     hardware: Hardware = "auto",
     gpus: Annotated[str | None, typer.Option(metavar="2,3", help="Hand out these GPUs, by index.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Hand out the devices of a running Ray cluster, too."),
+    ] = None,
     hub: Annotated[
         bool, typer.Option("--hub/--no-hub", help="Whether models and data are loaded from the hub.")
     ] = True,
@@ -67,6 +71,12 @@ def serve(
             "--allow-code", help="Run code and call addresses that requests name; for friends only."
         ),
     ] = False,
+    preempt_after: Annotated[
+        str,
+        typer.Option(
+            metavar="5m", help="How long the first in the queue has to wait before lower priorities give way."
+        ),
+    ] = "5m",
     on_stop: Annotated[
         OnStop,
         typer.Option(
@@ -84,6 +94,7 @@ def serve(
         return
     require_parts()
     from autosft.profiles.own_folders import data_folder
+    from autosft.service.decide.situation import Policy
     from autosft.service.requests.limits import Limits
     from autosft.service.settings import Settings
     from autosft.studies.store.database import default_storage_url
@@ -103,7 +114,9 @@ def serve(
         host_names=tuple(host_name or ()),
         hardware=hardware,
         gpus=gpus,
+        address=address,
         is_behind_tls=behind_tls,
+        policy=Policy(preempt_after_s=duration("--preempt-after", preempt_after)),
     )
     run(settings, on_stop=on_stop, is_check=check, is_quiet=quiet)
 
@@ -115,6 +128,18 @@ def require_parts() -> None:
     for name in ("fastapi", "uvicorn", "prometheus_client", "a2wsgi"):
         if importlib.util.find_spec(name) is None:
             raise MissingExtraError(what="autosft serve", extra="serve")
+
+
+def duration(flag: str, text: str) -> float:
+    """Return the seconds of a duration such as 5m.  Raises UserError."""
+    from autosft.studies.quantities import parse_duration
+
+    if text.strip() == "0":
+        return 0.0
+    try:
+        return parse_duration(text)
+    except UserError as error:
+        raise UserError(f"{flag}: {error.message}", remedy=error.remedy) from error
 
 
 def existing(folder: Path) -> Path:

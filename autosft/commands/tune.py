@@ -16,7 +16,7 @@ from autosft.commands.memory_offers import AnswerYes, with_offers
 from autosft.commands.options import STOPPED, AsJson, Command, Quiet, application, teach
 from autosft.commands.remote import run as on_server
 from autosft.commands.remote import with_server
-from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.profiles.errors import InterruptedRunError, StudyFailedError, UserError
 from autosft.studies.files.study_folder import EXPORTS
 from autosft.studies.request import TuneRequest, read_request
 
@@ -112,24 +112,25 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
         ):
             stop.guard(study.runner)
             compared = AgainstUntuned(study, observe)
-            score_untuned(study, observe=compared, stop_requested=stop.requested)
-            tally = run_study(
-                study.run,
-                records=study.records,
-                runner=study.runner,
-                leases=study.leases,
-                observe=Advisor(
-                    study.records,
-                    compared,
-                    cluster=study.hardware,
-                    refresh=refresh,
-                    now=study.runner.now,
-                ),
-                stop_requested=stop.requested,
-                devices=study.devices,
-            )
-            score_best(study, observe=observe, stop_requested=stop.requested)
-            result = conclude(study, tally)
+            with interrupted_by_database():
+                score_untuned(study, observe=compared, stop_requested=stop.requested)
+                tally = run_study(
+                    study.run,
+                    records=study.records,
+                    runner=study.runner,
+                    leases=study.leases,
+                    observe=Advisor(
+                        study.records,
+                        compared,
+                        cluster=study.hardware,
+                        refresh=refresh,
+                        now=study.runner.now,
+                    ),
+                    stop_requested=stop.requested,
+                    devices=study.devices,
+                )
+                score_best(study, observe=observe, stop_requested=stop.requested)
+                result = conclude(study, tally)
             output.conclude(result, heading=f"study {result.study}", facts=conclusion_facts(result))
         if request.export is not None and result.is_complete and not stop.requested():
             export_best(request, result, observe=output)
@@ -171,6 +172,17 @@ def export_best(request: TuneRequest, result: Conclusion, *, observe: Observer) 
         observe(Note(message=note))
     observe(Note(message=f"Exported trial {trial}: {written.folder}"))
     observe(Note(message=f"Next: {written.command}"))
+
+
+@contextlib.contextmanager
+def interrupted_by_database() -> Iterator[None]:
+    """Tell a database that goes away under a study from one that was named wrongly."""
+    from autosft.studies.store.database import DatabaseError
+
+    try:
+        yield
+    except DatabaseError as error:
+        raise InterruptedRunError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.memory_ways import EXACT
 from autosft.profiles.model.adapters import describe_adapter, describe_start
 from autosft.profiles.optimizers import OPTIMIZERS
-from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
+from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Precision, Sharding
 from autosft.profiles.units import GIB, gib
 from autosft.scheduler.decide.measured_memory import MEASURED
 from autosft.scheduler.decide.planner import describe_guess, not_followed
@@ -144,7 +144,7 @@ def method_part(plan: MethodPlan, devices: DevicesAtHand, width: int) -> Rendera
         parts += refusal(plan, device)
         shown = plan.together or shown
     else:
-        parts += [ways_table(plan.front, plan.chosen), describe_largest(plan)]
+        parts += [ways_table(plan.front, plan.chosen), describe_largest(plan), *bf16_lines(plan)]
     if plan.together is not None:
         parts += together_lines(plan, plan.together, devices)
     if shown.memory.untraced:
@@ -208,6 +208,15 @@ def describe_largest(plan: MethodPlan) -> str:
     if uncapped <= memory.total_bytes:
         return text + "."
     return text + f"; without a limit it would hold up to {gib(uncapped)}."
+
+
+def bf16_lines(plan: MethodPlan) -> Iterator[str]:
+    """Offer bf16 where a CPU would be faster in it: it changes numerics, so that it has to be asked for."""
+    if plan.speedup_in_bf16 is not None:
+        yield (
+            f"This CPU multiplies bf16 in hardware: --precision {Precision.BF16_AUTOCAST.value} is predicted "
+            f"to be {plan.speedup_in_bf16:.1f} times as fast; losses hardly differ (docs/training.md)."
+        )
 
 
 def refusal(plan: MethodPlan, device: DeviceProfile) -> Iterator[RenderableType]:

@@ -36,6 +36,7 @@ class MeasuredRates:
     host_link_bytes_per_s: float | None  # pinned host memory to the device
     link_bytes_per_s: float | None  # to the next GPU of the node
     reused_bytes_per_s: float | None = None  # CPUs: an operator whose small result reuses freed memory
+    bf16_flops_per_s: float | None = None  # CPUs that multiply bf16 in hardware
     all_reduce_bytes_per_s: float | None = None  # bus bandwidth over all measured GPUs, see `all_reduce`
 
 
@@ -162,6 +163,7 @@ def _merged(device: DeviceProfile, rates: dict[str, Any] | None) -> DeviceProfil
         host_link_bytes_per_s=measured.host_link_bytes_per_s or device.host_link_bytes_per_s,
         link_bytes_per_s=measured.link_bytes_per_s or device.link_bytes_per_s,
         reused_bytes_per_s=measured.reused_bytes_per_s,
+        bf16_flops_per_s=measured.bf16_flops_per_s,
         all_reduce_bytes_per_s=measured.all_reduce_bytes_per_s,
         rates_measured=True,
     )
@@ -212,6 +214,8 @@ def main(arguments: Sequence[str]) -> None:
 def _measure_cpu(num_cores: int) -> MeasuredRates:
     import torch
 
+    from autosft.profiles.hardware.host import profile_host
+
     torch.set_num_threads(max(1, num_cores))
 
     def core_s() -> float:
@@ -220,19 +224,24 @@ def _measure_cpu(num_cores: int) -> MeasuredRates:
 
     def nothing() -> None: ...
 
-    best = 0.0
-    for size in (512, 1024):
-        left, right = torch.rand(size, size), torch.rand(size, size)
-        out = torch.empty(size, size)
-        seconds = _fastest(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), nothing, core_s)  # type: ignore[misc]
-        best = max(best, 2 * size**3 / seconds)
+    def products(dtype: torch.dtype) -> float:
+        """Return the flops per second of the best of a few sizes."""
+        best = 0.0
+        for size in (512, 1024):
+            left, right = torch.rand(size, size).to(dtype), torch.rand(size, size).to(dtype)
+            out = torch.empty(size, size, dtype=dtype)
+            seconds = _fastest(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), nothing, core_s)  # type: ignore[misc]
+            best = max(best, 2 * size**3 / seconds)
+        return best
+
     # Operators allocate their results; where malloc gets fresh pages for each, the kernel has to clear them.
     source = torch.rand(2 * 2**20)
     seconds = _fastest(lambda: source * 1.5, nothing, core_s)
     small = torch.rand(2**17)  # half of the size from which malloc returns memory (`workers.processes`)
     reused_s = _fastest(lambda: torch.nn.functional.silu(small), nothing, core_s)
     return MeasuredRates(
-        matmul_flops_per_s=best,
+        matmul_flops_per_s=products(torch.float32),
+        bf16_flops_per_s=products(torch.bfloat16) if profile_host().supports_bf16 else None,
         memory_bytes_per_s=2 * source.nbytes / seconds,
         reused_bytes_per_s=2 * small.nbytes / reused_s,
         context_bytes=0,

@@ -52,6 +52,7 @@ class DeviceProfile:
     link_bytes_per_s: float | None = None  # to another GPU of the node, one direction (NVLink, else PCIe)
     host_link_bytes_per_s: float | None = None  # to the host's memory, one direction
     reused_bytes_per_s: float | None = None  # measured, CPU: operators over memory that they had before
+    bf16_flops_per_s: float | None = None  # measured, CPU with bf16 instructions: bf16 products, all cores
     all_reduce_bytes_per_s: float | None = None  # measured: sent per GPU while those of the node add up
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -138,6 +138,14 @@ def select(cluster: ClusterProfile, gpus: str) -> ClusterProfile:
     return replace(cluster, devices=tuple(chosen))
 
 
+def named_by_uuid(gpus: str) -> Callable[[DeviceProfile], bool] | None:
+    """Return whether a device is among those that `--gpus` names by UUID; None if one is named otherwise."""
+    items = tuple(part.strip().lower() for part in gpus.split(","))
+    if not all(_UUID.match(item) for item in items):
+        return None
+    return lambda device: device.uuid.lower().startswith(items)
+
+
 def save_profile(cluster: ClusterProfile, path: Path) -> None:
     """Write a profile as JSON, for `--hardware FILE` here or on another machine."""
     document = {"format": _FORMAT, **asdict(cluster)}
@@ -182,6 +190,7 @@ def load_profile(path: Path) -> ClusterProfile:
     return replace(cluster, devices=assumed)
 
 
+_UUID = re.compile(r"(GPU|MIG|CPU)-", re.IGNORECASE)
 _FORMAT = "autosft hardware profile 1"
 
 
@@ -192,7 +201,7 @@ def _matching(devices: Sequence[DeviceProfile], item: str) -> list[DeviceProfile
     if match := re.fullmatch(r"(\d+):(\d+)", item):
         slices = [d for d in devices if d.is_mig and d.index == int(match[1])]
         return slices[int(match[2]) : int(match[2]) + 1]
-    if re.match(r"(GPU|MIG|CPU)-", item, re.IGNORECASE):
+    if _UUID.match(item):
         return [d for d in devices if d.uuid.lower().startswith(item.lower())]
     return []
 

@@ -61,18 +61,21 @@ class Rates:
 def rates_of(device: DeviceProfile, *, num_threads: int | None = None, is_fp32: bool = False) -> Rates:
     """Return the rates of a device, or of `num_threads` of a CPU's cores.
 
-    `is_fp32` is for GPUs: products of fp32 numbers take TF32 tensor cores, half the 16-bit rate.
+    `is_fp32`: products of fp32 numbers take TF32 tensor cores of a GPU, half the 16-bit rate; a CPU that
+    multiplies bf16 in hardware has a rate for each.
     """
     if device.traits.is_split_by_cores:
-        return _core_rates(device, num_threads)
+        return _core_rates(device, num_threads, is_fp32=is_fp32)
     return _gpu_rates(device, is_fp32=is_fp32)
 
 
-def _core_rates(device: DeviceProfile, num_threads: int | None) -> Rates:
+def _core_rates(device: DeviceProfile, num_threads: int | None, *, is_fp32: bool) -> Rates:
     """Return the rates of so many of a CPU's cores, None for all of them."""
     cores = max(1, device.num_cores)
     share = min(1.0, (num_threads or cores) / cores)
     core_flops = device.matmul_flops_per_s or cores * DEFAULT_CORE_FLOPS_PER_S
+    if not is_fp32 and device.bf16_flops_per_s is not None:
+        core_flops = device.bf16_flops_per_s
     return Rates(
         matmul_flops_per_s=core_flops * share,
         memory_bytes_per_s=(device.memory_bytes_per_s or cores * DEFAULT_CORE_BYTES_PER_S) * share,

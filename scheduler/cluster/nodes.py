@@ -40,15 +40,26 @@ class NodeDevices:
     for the first of them.
     """
 
-    def __init__(self, nodes: Nodes, here: ClusterProfile, *, poll_s: float = POLL_S) -> None:
-        """Ask the current nodes, and keep asking in a thread; `here` are this node's devices."""
+    def __init__(
+        self,
+        nodes: Nodes,
+        here: ClusterProfile,
+        *,
+        is_asked: Callable[[DeviceProfile], bool] = lambda _: True,
+        poll_s: float = POLL_S,
+    ) -> None:
+        """Ask the current nodes, and keep asking in a thread; `here` are this node's devices.
+
+        Of all, here and there, those are taken that `is_asked` holds for.
+        """
         self.node_of: dict[str, str] = {}  # node of each device that is not here, by UUID
         self._nodes = nodes
-        self._here = here
+        self._here = replace(here, devices=tuple(filter(is_asked, here.devices)))
+        self._is_asked = is_asked
         self._poll_s = poll_s
         self._asked: dict[str, Future[ClusterProfile]] = {}
         self._names: dict[str, str] = {}
-        self._now = here
+        self._now = self._here
         self._leaving = threading.Event()
         self._lock = threading.Lock()  # guards `look`
         self.look(timeout_s=ANSWER_S)
@@ -90,7 +101,7 @@ class NodeDevices:
         by_uuid = {device.uuid: device for device in self._here.devices}
         for node in sorted(names):
             for device in _result(self._asked[node]):
-                if device.uuid not in by_uuid:
+                if device.uuid not in by_uuid and self._is_asked(device):
                     # Two raylets of one machine have the same name; a gang must not span them by mistake.
                     by_uuid[device.uuid] = replace(device, node=f"{names[node]}/{node[:6]}")
                     self.node_of[device.uuid] = node  # kept: an attempt may still be running there

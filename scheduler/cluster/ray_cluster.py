@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.profiles.errors import InterruptedRunError, UserError
 from autosft.scheduler.cluster import watchdog
+from autosft.scheduler.cluster.asking_nodes import Onlooker, alive_nodes, run_on
 from autosft.scheduler.cluster.loopback import (
     BINDING,
     bound_elsewhere,
@@ -69,8 +70,8 @@ class Cluster:
     def wait_until_ready(self) -> None:
         """Wait until Ray is up.
 
-        Raises the error that prevented its start, and StudyFailedError once a part of it has died: Ray itself
-        would wait a minute and then end this process without an exception.
+        Raises the error that prevented its start, and InterruptedRunError once a part of it has died: Ray
+        itself would wait a minute and then end this process without an exception.
         """
         self._is_up.wait()
         if self._error is not None:
@@ -79,7 +80,7 @@ class Cluster:
             if process.poll() is not None:
                 self._lost = f"Ray's {name} has died ({_way_of(process.returncode)})"
         if self._lost:
-            raise StudyFailedError(
+            raise InterruptedRunError(
                 f"{self._lost}. Nothing that was recorded is lost: run the same command again to resume."
             )
         if threading.current_thread() is threading.main_thread():
@@ -88,25 +89,16 @@ class Cluster:
 
     def other_nodes(self) -> dict[str, str]:
         """Return the names of the other live nodes, by Ray's node id."""
-        import ray
-
         if not self.is_guest:
             return {}
-        here = ray.get_runtime_context().get_node_id()
-        alive = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-        if alive.pop(here, None) is None:
+        alive, is_here = alive_nodes()
+        if not is_here:
             self._lost = "this machine's raylet has died"
         return alive
 
     def on_node(self, node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
         """Run a function on a node."""
-        import ray
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
-        task = ray.remote(function).options(num_cpus=0, scheduling_strategy=there)
-        answer: Future[Any] = task.remote(*arguments).future()
-        return answer
+        return run_on(node, function, *arguments)
 
     def runner(self, **options: Any) -> TrialRunner:
         """Return a runner of trials on this cluster; options as in `RayTrialRunner`."""
@@ -134,7 +126,8 @@ def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = Fals
         )
         ray_thread.start()
         try:
-            yield cluster
+            with _interrupted():
+                yield cluster
         finally:
             leave.set()
             starter.close()
@@ -143,6 +136,20 @@ def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = Fals
             else:
                 ray_thread.join()
             watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
+
+
+@contextlib.contextmanager
+def _interrupted() -> Iterator[None]:
+    """Tell a Ray that has died under its user from a bug: what its runner expects, it handles itself."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__ != "ray.exceptions":
+            raise
+        raise InterruptedRunError(
+            f"Ray has failed: {_first_line(error)} "
+            "Nothing that was recorded is lost: run the same command again to resume."
+        ) from error
 
 
 # Threads whose Ray was killed during its start.  They end by themselves.
@@ -214,9 +221,9 @@ def _init_ray(run_dir: Path, dashboard: bool, leave: threading.Event) -> Any:
             if "timed out during startup" not in str(error) or leave.is_set():
                 raise
             watchdog.sweep(str(run_dir / "ray"), spare=frozenset({os.getpid()}))
-    raise UserError(
-        f"Ray did not start in {MAX_STARTS} attempts of 30 s: the machine is too busy.",
-        remedy="Wait until other programs use less CPU, and run the same command again.",
+    raise InterruptedRunError(
+        f"Ray did not start in {MAX_STARTS} attempts of 30 s: the machine is too busy. "
+        "Wait until other programs use less CPU, and run the same command again."
     )
 
 
@@ -303,27 +310,33 @@ def connect(
         with guarded(run_dir), _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
             starter = WarmServer(run_dir / "warm", imports=imports)
             try:
-                yield _connected(address, starter)
+                with _interrupted():
+                    yield _connected(address, starter)
             finally:
                 ray.shutdown()
                 starter.close()
                 watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
 
 
-def _connected(address: str, starter: WarmServer) -> Cluster:
+@contextlib.contextmanager
+def look_at(address: str, *, timeout_s: float = 5.0) -> Iterator[Onlooker]:
+    """Ask the nodes of a running cluster; raises as `connect`."""
     import ray
 
+    with run_folder() as run_dir:
+        _log_to(run_dir / "ray.log")
+        if address != "auto":
+            _refuse_bad_address(address, timeout_s)
+        try:
+            _join(address)
+            yield Onlooker()
+        finally:
+            ray.shutdown()
+
+
+def _connected(address: str, starter: WarmServer) -> Cluster:
     started = time.monotonic()
-    keep_handlers_out(ray._raylet.__file__)
-    as_given = on_loopback() if is_loopback_address(address.rpartition(":")[0]) else contextlib.nullcontext()
-    try:
-        with as_given, own_sigterm():  # Ray's ends the process before a trial can save a checkpoint
-            context = ray.init(address=address, log_to_driver=False, job_config=without_user_folders())
-    except (ConnectionError, RuntimeError) as error:
-        raise UserError(
-            f"the Ray cluster at {address} cannot be used from here: {_first_line(error)}",
-            remedy="This machine must be one of its nodes: run `ray start --address=HOST:PORT` first.",
-        ) from error
+    context = _join(address)
     cluster = Cluster(
         starter=starter,
         is_guest=True,
@@ -334,6 +347,22 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
     cluster._is_up.set()
     cluster.wait_until_ready()
     return cluster
+
+
+def _join(address: str) -> Any:
+    """Call `ray.init` for a running cluster.  Raises UserError."""
+    import ray
+
+    keep_handlers_out(ray._raylet.__file__)
+    as_given = on_loopback() if is_loopback_address(address.rpartition(":")[0]) else contextlib.nullcontext()
+    try:
+        with as_given, own_sigterm():  # Ray's ends the process before a trial can save a checkpoint
+            return ray.init(address=address, log_to_driver=False, job_config=without_user_folders())
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(
+            f"the Ray cluster at {address} cannot be used from here: {_first_line(error)}",
+            remedy="This machine must be one of its nodes: run `ray start --address=HOST:PORT` first.",
+        ) from error
 
 
 def _refuse_bad_address(address: str, timeout_s: float) -> None:

@@ -10,6 +10,13 @@ from pathlib import Path
 from autosft.profiles.dataset.prepared import PreparedData, Split, length_profile
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.memory.estimate import Evaluation, estimate
+from autosft.profiles.memory.host_kernels import (
+    Rows,
+    compiles_per_shape,
+    kernels,
+    padded_lengths,
+    with_kernels,
+)
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import (
     LengthProfile,
@@ -79,6 +86,7 @@ class Models:
             memory=self.predict, speed=self.speed, measured=learned.measured_memory(model.fingerprint)
         )
         self.estimate = cache(self.costs.memory_of)
+        self._padded = cache(padded_lengths)
         self.step = cache(self._predict_step)
 
     @classmethod
@@ -109,11 +117,19 @@ class Models:
             cache_dir=cache_dir,
         )
 
+    def rows(
+        self, seq_len: int, max_rounds: int | None, precision: Precision, device: DeviceProfile
+    ) -> LengthProfile:
+        """Return the training examples as long as the rows that a device makes of them."""
+        lengths = self.lengths(seq_len, max_rounds)
+        return self._padded(lengths) if compiles_per_shape(precision, device.kind) else lengths
+
     def _predict(
         self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
     ) -> MemoryEstimate:
         """Predict the memory of a step on this data's lengths: a planner.Estimator."""
-        lengths = self.lengths(seq_len, recipe.max_rounds)
+        lengths = self.rows(seq_len, recipe.max_rounds, recipe.precision, device)
+        evaluation = self._evaluation(recipe, micro_batch, seq_len, device)
         memory = estimate(
             self.model,
             recipe,
@@ -122,12 +138,13 @@ class Models:
             device,
             calibration=self.learned.memory,
             cache_dir=self.cache_dir,
-            evaluation=self._evaluation(recipe, micro_batch, seq_len),
+            evaluation=evaluation,
         )
         memory = replace(memory, longest=lengths.longest)
-        if recipe.precision is not Precision.FP32 and not device.kind.traits.trains_in_16_bit:
-            untraced = (*memory.untraced, HOST_KERNELS)
-            memory = replace(memory, untraced=untraced, way_out="Use --precision fp32.")
+        if compiles_per_shape(recipe.precision, device.kind):
+            evaluated = None if evaluation is None else evaluation.lengths
+            rows = Rows(micro_batch=micro_batch, lengths=lengths, evaluated=evaluated)
+            memory = self._with_kernels(memory, recipe, rows, device)
         if memory.untraced:
             memory = replace(memory, floor_bytes=self._floor_bytes(memory, recipe))
         trains_shards = recipe.sharding is Sharding.FSDP and recipe.adapter is None
@@ -137,6 +154,16 @@ class Models:
             return memory
         way_out = "Train replicas (DDP), or use a number of devices that divides the rows."
         return replace(memory, refused=reason, way_out=way_out)
+
+    def _with_kernels(
+        self, memory: MemoryEstimate, recipe: StepRecipe, rows: Rows, device: DeviceProfile
+    ) -> MemoryEstimate:
+        """Return a step's memory with what its device compiles; without a bound where that is unknown."""
+        taken = kernels(self.model, recipe, rows) if device.supports_bf16 else None
+        if taken is not None:
+            return with_kernels(memory, taken)
+        untraced = (*memory.untraced, HOST_KERNELS)
+        return replace(memory, untraced=untraced, way_out="Use --precision fp32.")
 
     def _floor_bytes(self, guess: MemoryEstimate, recipe: StepRecipe) -> int:
         """Return the bytes of weights and optimizer state of a step that could not be traced.
@@ -154,11 +181,15 @@ class Models:
             parts.get("optimizer state", 0), state_bytes // shards
         )
 
-    def _evaluation(self, recipe: StepRecipe, micro_batch: int, seq_len: int) -> Evaluation | None:
+    def _evaluation(
+        self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
+    ) -> Evaluation | None:
         """Return what a trial evaluates; None if there are no evaluation examples."""
         lengths = None if self.eval_lengths is None else self.eval_lengths(recipe.eval_seq_len or seq_len)
         if lengths is None or not lengths.lengths:
             return None
+        if compiles_per_shape(recipe.precision, device.kind):
+            lengths = self._padded(lengths)
         at_once = recipe.eval_micro_batch or min(micro_batch, MAX_EVAL_MICRO_BATCH)
         return Evaluation(micro_batch=at_once, lengths=lengths)
 
@@ -170,7 +201,7 @@ class Models:
             self.model,
             recipe,
             micro_batch,
-            self.lengths(seq_len, recipe.max_rounds),
+            self.rows(seq_len, recipe.max_rounds, recipe.precision, device),
             device,
             num_threads=num_threads,
             plain_head=recipe.has_full_logits,
@@ -237,7 +268,9 @@ class Models:
             self.model,
             precision,
             min(micro_batch, MAX_EVAL_MICRO_BATCH),
-            self.eval_lengths(seq_len),
+            self._padded(self.eval_lengths(seq_len))
+            if compiles_per_shape(precision, device.kind)
+            else self.eval_lengths(seq_len),
             device,
             num_threads=num_threads,
         )

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
+from autosft.profiles.memory.host_kernels import is_known
 from autosft.profiles.memory_ways import EXACT, MemoryWay
 from autosft.profiles.recipe import (
     Checkpointing,
@@ -21,6 +22,7 @@ from autosft.scheduler.decide.measured_memory import rests_on_trials
 from autosft.scheduler.decide.planner import (
     WORTHWHILE_SPEEDUP,
     Room,
+    recipe_for,
 )
 from autosft.scheduler.decide.self_measuring import Measuring, plan_to_measure
 from autosft.scheduler.plan.forecast import (
@@ -34,6 +36,8 @@ from autosft.scheduler.plan.forecast import (
 from autosft.scheduler.plan.remedies import Remedy, cards, remedies
 from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
+#: How many times as fast bf16 has to be on a CPU to be offered.
+WORTHWHILE_BF16 = 1.2
 #: Numbers of devices that are compared.
 NUMS_DEVICES = (1, 2, 4)
 #: Numbers of devices that a trial may take together, below all that there are.
@@ -59,6 +63,9 @@ class MethodPlan:
     by_num_devices: tuple[tuple[int, Way | None], ...]  # the fastest that fits; None if none does
     remedies: tuple[Remedy, ...]  # empty if something fits
     together: Way | None = None  # on the fewest of several devices at hand, if there are several
+    #: A CPU that multiplies bf16 in hardware: how many times as fast bf16 autocast is predicted to be; None
+    #: where that is not worthwhile, or another precision was asked for.
+    speedup_in_bf16: float | None = None
 
     @property
     def method(self) -> Method:
@@ -96,7 +103,24 @@ def plan_method(
     if plan.chosen is not None:
         settled = forecast.settled(device, plan.chosen.memory.total_bytes)
         plan = plan if settled is forecast else plan_with_threads(settings, device, settled, at_hand)
+        plan = with_bf16_offered(plan, device, settled)
     return plan if way is EXACT else replace(plan, memory=way.name)
+
+
+def with_bf16_offered(plan: MethodPlan, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
+    """Return the plan with how many times as fast its way is in bf16 autocast, by a CPU's measured rates."""
+    way, in_bf16 = plan.chosen, Precision.BF16_AUTOCAST
+    has_choice = forecast.precision is None and plan.precision is Precision.FP32
+    if way is None or not has_choice or device.bf16_flops_per_s is None:
+        return plan
+    pinned = forecast.in_precision(in_bf16).pinned(plan.settings, device)
+    recipe = recipe_for(plan.settings, pinned, way.checkpointing, way.gradient_accumulation)
+    if not is_known(forecast.model, recipe):
+        return plan
+    seq_len = plan.settings.seq_len
+    step = forecast.models.step(recipe, way.micro_batch, seq_len, device, forecast.num_threads)
+    ratio = step.tokens_per_s / way.tokens_per_s
+    return replace(plan, speedup_in_bf16=ratio) if ratio >= WORTHWHILE_BF16 else plan
 
 
 def nums_compared(device: DeviceProfile, at_hand: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from autosft.profiles.dataset.sources import in_full as data_in_full
 from autosft.profiles.dataset.sources import require_plausible as require_plausible_data
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.benchmark import with_measured_rates
-from autosft.profiles.hardware.device import ClusterProfile
-from autosft.profiles.hardware.discover import profile_hardware, select
+from autosft.profiles.hardware.busy import busy_notes, load_now
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
+from autosft.profiles.hardware.discover import named_by_uuid, profile_hardware, select
 from autosft.profiles.model.files import require_plausible as require_plausible_model
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.sources import full_path
@@ -61,6 +63,32 @@ def with_most_free_memory(hardware: ClusterProfile, num_gpus: int) -> ClusterPro
         )
     chosen = sorted(gpus, key=lambda gpu: (-gpu.free_bytes, gpu.node, gpu.index))[:num_gpus]
     return replace(hardware, devices=tuple(device for device in hardware.devices if device in chosen))
+
+
+def found_devices(request: TuneRequest, observe: Observer) -> ClusterProfile:
+    """Return the devices of this machine that the request names; report those that others keep busy.
+
+    UUIDs name devices of every node of the cluster at --address: `open_platform` chooses among them.
+    """
+    if chosen_anywhere(request) is not None:
+        named = len(str(request.gpus).split(","))
+        if request.num_gpus not in (None, named):
+            raise UserError(
+                f"--gpus names {named} devices, and --num-gpus {request.num_gpus} asks for as many.",
+                remedy="Give one of them.",
+            )
+        return devices_here(request.hardware)
+    hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
+    for note in busy_notes(hardware.devices, load_now()):
+        observe(Note(message=note))
+    return hardware
+
+
+def chosen_anywhere(request: TuneRequest) -> Callable[[DeviceProfile], bool] | None:
+    """Return whether a device of the cluster at --address is asked for; None if all of them are."""
+    if request.address is None or request.gpus is None:
+        return None
+    return named_by_uuid(request.gpus)
 
 
 def require_plausible_inputs(request: TuneRequest) -> None:

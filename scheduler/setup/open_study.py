@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
-from autosft.profiles.hardware.busy import busy_notes, load_now
+from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.masking import masked
@@ -48,8 +48,9 @@ from autosft.scheduler.setup.folders import (
     shared_cache,
 )
 from autosft.scheduler.setup.inputs import (
+    chosen_anywhere,
     data_options,
-    devices_here,
+    found_devices,
     read_inputs,
     require_plausible_inputs,
     with_full_paths,
@@ -190,14 +191,6 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
 # Where trials run
 
 
-def found_devices(request: TuneRequest, observe: Observer) -> ClusterProfile:
-    """Return the devices that the request names; report those that others keep busy."""
-    hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
-    for note in busy_notes(hardware.devices, load_now()):
-        observe(Note(message=note))
-    return hardware
-
-
 def imports_for(request: TuneRequest) -> tuple[str, ...]:
     """Return what warm servers import; check that a URL as --output can be used.  Raises UserError."""
     url = output_url(request)
@@ -222,8 +215,14 @@ def open_platform(
             devices = StaticDevices(hardware)
             yield Platform(cluster=cluster, devices=devices, hardware=hardware, runner_options={})
             return
-        nodes = NodeDevices(cluster, hardware)
+        chosen = chosen_anywhere(request)
+        nodes = NodeDevices(cluster, hardware, is_asked=chosen or (lambda _: True))
         stack.callback(nodes.close)
+        if not nodes.devices().devices:
+            raise UserError(
+                f"--gpus {request.gpus}: no node of the cluster at {request.address} has them.",
+                remedy="See ray status; a node that has left may join again.",
+            )
         yield Platform(
             cluster=cluster,
             devices=nodes,

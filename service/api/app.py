@@ -19,6 +19,7 @@ from autosft.service.api.context import Service
 from autosft.service.api.guard import Guard
 from autosft.service.requests.planner import PlannerFailedError
 from autosft.service.store.queue_store import ItemMovedError
+from autosft.studies.store.database import DatabaseError
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def create_app(service: Service) -> ASGIApp:
     app.add_exception_handler(UserError, _user_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
-    for kind in (PlannerFailedError, StorageError, StudyFailedError):
+    for kind in (DatabaseError, PlannerFailedError, StorageError, StudyFailedError):
         app.add_exception_handler(kind, _unavailable)
     app.add_exception_handler(Exception, _bug)
     return Guard(app, hosts=service.hosts)
@@ -88,6 +89,8 @@ async def _validation_error(_request: Request, error: Exception) -> JSONResponse
 
 
 async def _unavailable(_request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, UserError):
+        return problem(503, error.message, error.remedy)
     return problem(503, str(error))
 
 

@@ -22,6 +22,7 @@ from autosft.service.requests.planner import Planner
 from autosft.service.requests.read import Reader
 from autosft.service.store.queue_store import QueueStore
 from autosft.service.values import Item, Role, User
+from autosft.studies.store.database import DatabaseError
 from autosft.studies.store.records import Records
 
 #: How long it may take until a token that another process has revoked is refused.
@@ -162,6 +163,8 @@ def item_of(service: Service, user: User, item_id: int) -> Item:
     """Return an item that a user may see.  Answers 404 for others': whether there is one is not told."""
     try:
         item = service.queue.get(item_id)
+    except DatabaseError:
+        raise
     except UserError:
         item = None
     if item is None or not may_see(user, item):

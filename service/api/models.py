@@ -142,6 +142,7 @@ class ShownDevice(BaseModel):
     measured: list[Memory]
     others_bytes: int
     free_bytes: int
+    is_measured: bool = Field(description="False for other nodes of a cluster: seen when they joined.")
 
 
 class Devices(BaseModel):

@@ -16,6 +16,7 @@ from autosft.service.api import models
 from autosft.service.api.context import Asking, Service, The, item_of
 from autosft.service.api.shown import shown_trial
 from autosft.service.values import Item
+from autosft.studies.store.database import DatabaseError
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.store.user_commands import checked_settings, is_alive, require_possible
 from autosft.studies.values import CommandKind, Direction
@@ -164,6 +165,8 @@ def study_of(service: Service, item: Item) -> StudyRecords:
         raise HTTPException(404, f"{item.name} is no study: it is autosft {item.arguments.command}.")
     try:
         return service.records.read_study(item.name)
+    except DatabaseError:
+        raise
     except UserError:
         raise HTTPException(404, f"{item.name} has no records yet: it has not started.") from None
 

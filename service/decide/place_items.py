@@ -30,9 +30,6 @@ from autosft.service.decide.shares import (
 from autosft.service.decide.situation import Situation, occupied, rate_of, request_for, way_index, way_of
 from autosft.service.values import Decision, Item, ItemState, Place, Start
 
-#: A reservation that is this near is waited for: stopping others would take as long.
-PREEMPT_AFTER_S = 300.0
-
 
 def decide(situation: Situation) -> Decision:
     """Return what starts now and what has to give way.
@@ -140,7 +137,8 @@ def _preempts(situation: Situation, queue: Queue) -> tuple[int, ...]:
     the lowest priority first, then the one that has run the shortest.  As few as make room.
     """
     first, reserved = queue.filling.first_waiting, queue.filling.reserved
-    if first is None or reserved is None or reserved.starts_at <= situation.now + PREEMPT_AFTER_S:
+    near = situation.now + situation.policy.preempt_after_s
+    if first is None or reserved is None or reserved.starts_at <= near:
         return ()
     item = next(one for one in queue.ready if one.id == first.trial)
     lower = [one for one in situation.items if _may_give_way(one, item, situation)]

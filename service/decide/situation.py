@@ -21,6 +21,7 @@ class Policy:
 
     half_life_s: float = 24 * HOUR_S  # after which what was used counts half
     max_wait_s: float = 24 * HOUR_S  # after which an item goes before all that were submitted later
+    preempt_after_s: float = 300.0  # a reservation that is nearer is waited for: stopping others takes time
     stop_s: float = 120.0  # that a driver takes to save its checkpoints and end
     max_starts: int = 16  # in one decision; the next one follows at once
 

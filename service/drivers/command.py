@@ -21,14 +21,21 @@ class DriverCommand:
     environment: Mapping[str, str]
 
 
-def driver_command(item: Item, devices: Sequence[Device], *, hardware: str) -> DriverCommand:
-    """Return the command that runs an item on these devices of this machine.
+def driver_command(
+    item: Item, devices: Sequence[Device], *, hardware: str, address: str | None = None
+) -> DriverCommand:
+    """Return the command that runs an item on these devices.
 
     GPUs are given by CUDA_VISIBLE_DEVICES, which every command and every library follows; parts of a CPU by
-    flags.  `hardware` is what the server was started with.
+    flags; those of other nodes by the cluster's address and their UUIDs.  `hardware` and `address` are what
+    the server was started with.
     """
     argv = [sys.executable, "-P", "-m", "autosft", *item.arguments.to_argv()]
     uuids = [device.uuid for device in devices]
+    if any(device.is_elsewhere for device in devices):
+        assert address is not None
+        argv += [f"--hardware={hardware}", f"--address={address}", f"--gpus={','.join(uuids)}"]
+        return DriverCommand(argv=tuple(argv), environment={})
     if all(uuid.upper().startswith(("GPU-", "MIG-")) for uuid in uuids):
         return DriverCommand(
             argv=tuple(argv),

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess  # nosec B404
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -27,6 +28,8 @@ _WAIT = (
     'out=$1; shift; trap : INT TERM; "$@"; code=$?; '
     'printf "%s\\n" "$code" > "$out.part" && mv "$out.part" "$out"; exit "$code"'
 )
+#: A line of the log that begins a start.
+START = "--- start "
 #: Between a driver's end and its exit code in the file.
 WRITING_S = 10.0
 MAX_MESSAGE = 2000
@@ -63,6 +66,8 @@ class ProcessDrivers:
         }
         claim = (sys.executable, "-P", "-m", launch.__name__)
         with log_path(self.folder, item.id).open("ab") as log:
+            log.write(f"{START}{item.num_starts}, {time.strftime('%Y-%m-%d %H:%M:%S')}\n".encode())
+            log.flush()
             self._children[item.launch] = subprocess.Popen(  # nosec B603
                 ["/bin/sh", "-c", _WAIT, "sh", str(self._exit_path(item)), *claim, *made.argv],
                 cwd=folder,
@@ -82,7 +87,13 @@ class ProcessDrivers:
             return Life.ALIVE
         if (code := self._exit_code(item)) is not None:
             self._dead_since.pop(item.launch, None)
-            return Ended(exit_code=code, message=self._last_words(item.id), at=self._ended_at(item))
+            said = self._last_words(item.id)
+            return Ended(
+                exit_code=code,
+                message=said,
+                at=self._ended_at(item),
+                has_no_word=code == 1 and not said.lower().startswith("error:"),
+            )
         since = self._dead_since.setdefault(item.launch, now)
         if now - since < WRITING_S and item.process.boot_id == current_boot_id():
             return Life.ALIVE
@@ -139,13 +150,7 @@ class ProcessDrivers:
 
     def _last_words(self, item_id: int) -> str:
         """Return the error that a driver ended with, or else the last line of its log."""
-        try:
-            with log_path(self.folder, item_id).open("rb") as log:
-                log.seek(max(0, log.seek(0, os.SEEK_END) - 16_384))
-                lines = log.read().decode("utf-8", "replace").splitlines()
-        except OSError:
-            return ""
-        said = [line.strip() for line in lines if line.strip()]
+        said = [line.strip() for line in present_words(self.folder, item_id).splitlines() if line.strip()]
         errors = [at for at, line in enumerate(said) if line.lower().startswith("error:")]
         return "\n".join(said[errors[-1] :] if errors else said[-1:])[:MAX_MESSAGE]
 
@@ -153,6 +158,19 @@ class ProcessDrivers:
 def log_path(folder: Path, item_id: int) -> Path:
     """Return where an item's drivers write what they say, one start after the other."""
     return _item_folder(folder, item_id) / "log.txt"
+
+
+def present_words(folder: Path, item_id: int) -> str:
+    """Return the end of what an item has printed since its present or last start, "" for nothing."""
+    try:
+        with log_path(folder, item_id).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 16_384))
+            text = log.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    lines = text.splitlines()
+    starts = [at for at, line in enumerate(lines) if line.startswith(START)]
+    return "\n".join(lines[starts[-1] + 1 :] if starts else lines)
 
 
 def _item_folder(folder: Path, item_id: int) -> Path:

@@ -26,7 +26,7 @@ from autosft.scheduler.setup.prompt_set import read_prompt_set
 from autosft.scheduler.train.overrides import LearningRateScaling, Overrides
 from autosft.scheduler.train.training_run import Devices, plan_file
 from autosft.service.devices import device_kind
-from autosft.service.values import Arguments, Demand, Way
+from autosft.service.values import Arguments, Demand, Way, is_elsewhere
 from autosft.studies.request import TuneRequest, read_request, split_searched
 from autosft.studies.trial import ExecutionPlan
 
@@ -58,9 +58,9 @@ def predict(arguments: Arguments, hardware: str, storage: str) -> Prediction:
             case "tune":
                 return _of_tune(arguments, cluster, storage)
             case "train":
-                return _of_train(arguments, cluster, storage)
+                return _of_train(arguments, here_of(cluster), storage)
             case _:
-                return _of_evaluation(cluster)
+                return _of_evaluation(here_of(cluster))
     except UserError as error:
         return Prediction(demand=None, refusal=str(error))
 
@@ -69,6 +69,18 @@ def kinds_of(cluster: ClusterProfile) -> Iterator[tuple[str, tuple[DeviceProfile
     """Yield the devices of each kind, those with the least memory first."""
     for name, alike in groupby(sorted(cluster.devices, key=device_kind), key=device_kind):
         yield name, tuple(sorted(alike, key=lambda device: (usable_bytes(device), device.uuid)))
+
+
+def here_of(cluster: ClusterProfile) -> ClusterProfile:
+    """Return the devices of the server's machine, on which everything but a study runs.  Raises UserError."""
+    here = tuple(device for device in cluster.devices if not is_elsewhere(device.node))
+    if not here:
+        raise UserError(
+            "Only studies (tune) run on the other nodes of the cluster, and this server's own machine hands "
+            "out no device.",
+            remedy="Have its admin start the server on a node with GPUs, or with --hardware cpu.",
+        )
+    return replace(cluster, devices=here)
 
 
 def widths(num: int) -> tuple[int, ...]:

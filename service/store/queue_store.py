@@ -301,9 +301,14 @@ class QueueStore:
             )
 
     def claim(self, item_id: int, *, launch: str, process: Driver, now: float) -> Item | None:
-        """Take a start for this process, which then runs the item; None if it was taken or withdrawn."""
+        """Take a start for this process, which then runs the item; None if it was taken or withdrawn.
+
+        May be called again, where the answer was lost.
+        """
         with self._write() as connection:
             item = one(connection, item_id, lock=True)
+            if (item.launch, item.process) == (launch, process):
+                return item
             if item.launch != launch or item.state is not ItemState.STARTING:
                 return None
             return change(

@@ -109,6 +109,7 @@ def leave_place(
         queued_at=now if to in QUEUED_STATES else item.queued_at,
         ended_at=None if to in OPEN_STATES else now,
         num_lost=item.num_lost + 1 if was_lost else item.num_lost,
+        progress=1.0 if to is ItemState.DONE else item.progress,
         note=note,
     )
 

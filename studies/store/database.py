@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+
+class DatabaseError(UserError):
+    """The study database cannot be used: it does not answer, is damaged, full or read-only."""
+
+
 _MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
 #: How long a writer waits for another, which write for milliseconds, before the user is told: SQLite itself
@@ -213,18 +218,24 @@ def readable_errors(url: URL) -> Iterator[None]:
     try:
         yield
     except UnicodeDecodeError as error:  # of names that SQLite reports an error about
-        raise UserError(
+        raise DatabaseError(
             f"The study database {display(url)} is damaged: {error}.", remedy=_KNOWN_ERRORS["malformed"]
+        ) from error
+    except sa.exc.TimeoutError as error:
+        raise DatabaseError(
+            f"The study database {display(url)} does not answer: all connections are in use.",
+            remedy="Check that its server runs, then try again.",
         ) from error
     except (DBAPIError, sqlite3.DatabaseError) as error:
         told = str(getattr(error, "orig", None) or error).strip()
         for pattern, remedy in _KNOWN_ERRORS.items():
             if re.search(pattern, told, re.IGNORECASE):
                 first_line = told.splitlines()[0] + _cause(url)
-                raise UserError(f"The study database {display(url)}: {first_line}.", remedy=remedy) from error
-        if getattr(error, "connection_invalidated", False):  # a server ended, or ended the connection
-            first_line = told.splitlines()[0] if told else "the connection is lost"
-            raise UserError(f"The study database {display(url)}: {first_line}.", remedy=_RUN_AGAIN) from error
+                said = f"The study database {display(url)}: {first_line}."
+                raise DatabaseError(said, remedy=remedy) from error
+        if getattr(error, "connection_invalidated", False):  # a server ended it, in whatever words
+            said = f"The study database {display(url)}: {(told or 'connection lost').splitlines()[0]}."
+            raise DatabaseError(said, remedy=_RUN_AGAIN) from error
         raise
 
 
@@ -273,6 +284,7 @@ _KNOWN_ERRORS = {
     "connection failed": "Check host, port and that the server runs.",
     "connection refused": "Check host, port and that the server runs.",
     "connection to server": "Check host, port, user and that the server runs.",
+    "the database system is|terminating connection|server closed the connection": _RUN_AGAIN,
     "the connection is closed": _RUN_AGAIN,
     "password": "Check user and password.",
     '(database|role) ".*" does not exist': "Check the names of database and user.",

@@ -19,7 +19,8 @@ import pytest
 from autosft import cli
 from autosft.commands import stopping
 from autosft.commands.stopping import StopSwitch
-from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.profiles.errors import InterruptedRunError, StudyFailedError, UserError
+from autosft.studies.store.database import DatabaseError
 from autosft.studies.store.records import open_records
 from tests.cli.study_script import CONCLUSION, study_events
 
@@ -238,6 +239,8 @@ def test_a_study_without_a_result_ends_with_1_and_says_why(study, capsys):
 
 ENDS = {
     "the work failed": (StudyFailedError("trial 3 failed: no"), 1, "error: trial 3 failed: no\n"),
+    "Ray has died": (InterruptedRunError("Ray's head has died"), 75, "error: Ray's head has died\n"),
+    "the database went away": (DatabaseError("it does not answer"), 75, "error: it does not answer\n"),
     "the data is bad": (UserError("line 3: no", remedy="Fix it."), 2, "error: line 3: no\n       Fix it.\n"),
     "stopped before anything ran": (KeyboardInterrupt(), 130, "stopped\n"),
 }

@@ -14,23 +14,26 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from autosft.cli import DONE, FAILED, STOPPED, WRONG_REQUEST
+from autosft.cli import DONE, FAILED, INTERRUPTED, STOPPED, WRONG_REQUEST
 from autosft.commands.stopping import StopSwitch
-from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.profiles.errors import InterruptedRunError, StudyFailedError, UserError
 from autosft.profiles.hardware.discover import profile_hardware
 from autosft.profiles.hardware.leases import Leases
 from autosft.scheduler.cluster.nodes import NodeDevices
 from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import run_study
+from autosft.studies.store.database import DatabaseError
 from autosft.studies.values import StudyInUseError
 from autosft.workers.processes.starters import WarmServer
+from autosft.workers.runners.local_runner import LocalRunner
 from benchmarks.empty_study import describe_study, taken_over
 from tests.faults import training
 
 STUDY = "faults"
 KEEP_BEST = 3
 NUM_EVALUATIONS = 4
+WITHOUT_RAY = "none"
 TRAIN = f"{training.__name__}:train"
 
 
@@ -40,6 +43,7 @@ class Options:
     folder: Path
     num_trials: int
     address: str | None = None  # of a cluster; a local one is started if not given
+    study: str = STUDY
 
 
 def main() -> int:
@@ -53,13 +57,19 @@ def main() -> int:
     except StudyInUseError as error:
         print(error, file=sys.stderr)
         return WRONG_REQUEST
+    except (InterruptedRunError, DatabaseError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return INTERRUPTED
     except (StudyFailedError, UserError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
     return STOPPED if stop.requested() else DONE
 
 
 def drive(options: Options, stop: StopSwitch) -> None:
+    if options.address == WITHOUT_RAY:
+        drive_without_ray(options, stop)
+        return
     with ExitStack() as stack:
         imports = [training.__name__]
         if options.address is None:
@@ -77,7 +87,7 @@ def drive(options: Options, stop: StopSwitch) -> None:
             options.num_trials,
             options.folder,
             here.devices,
-            name=STUDY,
+            name=options.study,
             num_evaluations=NUM_EVALUATIONS,
             keep_best=KEEP_BEST,
         )
@@ -93,6 +103,34 @@ def drive(options: Options, stop: StopSwitch) -> None:
             observe=lambda _: None,
             stop_requested=stop.requested,
             devices=devices,
+        )
+
+
+def drive_without_ray(options: Options, stop: StopSwitch) -> None:
+    """Run the trials below a warm server of this process: a driver that starts in a second."""
+    here = profile_hardware("cpu")
+    spec, run = describe_study(
+        options.num_trials,
+        options.folder,
+        here.devices,
+        name=options.study,
+        num_evaluations=NUM_EVALUATIONS,
+        keep_best=KEEP_BEST,
+    )
+    with ExitStack() as stack:
+        server = WarmServer(imports=[training.__name__])
+        stack.callback(server.close)
+        study = stack.enter_context(taken_over(options.url, spec))
+        runner = LocalRunner(server, function=TRAIN)
+        stack.callback(runner.close, grace_s=0.0)
+        stop.guard(runner)
+        run_study(
+            run,
+            records=study,
+            runner=runner,
+            leases=MachineLeases(Leases(options.folder / "leases")),
+            observe=lambda _: None,
+            stop_requested=stop.requested,
         )
 
 

@@ -7,12 +7,13 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from autosft.service.drivers.launch import OUT_OF_MEMORY_SCORE
 from autosft.service.store.queue_store import QueueStore, open_queue
 from autosft.service.values import Arguments, Item, ItemState
 from autosft.studies.values import state_if_running
@@ -85,6 +86,48 @@ def test_servers_that_are_killed_lose_nothing_and_start_nothing_twice(num_kills:
             kill(item)
         queue.close()
     assert not [one for one in psutil.process_iter() if str(tmp_path) in " ".join(cmdline(one))]
+
+
+#: Where memory is limited as containers do; needs root and version 1 of control groups.
+GROUPS = Path("/sys/fs/cgroup/memory")
+GROUP_MIB = 512
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """A control group of our own with little memory."""
+    if not os.access(GROUPS / "cgroup.procs", os.W_OK):
+        pytest.skip(f"needs a control group that limits memory ({GROUPS})")
+    folder = GROUPS / f"autosft-greedy-{os.getpid()}"
+    folder.mkdir()
+    (folder / "memory.limit_in_bytes").write_text(str(GROUP_MIB << 20))
+    yield folder
+    until(lambda: not (folder / "cgroup.procs").read_text(), folder / "cgroup.procs")
+    folder.rmdir()
+
+
+@pytest.mark.slow
+def test_a_driver_that_takes_all_memory_ends_itself_alone(group: Path, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    queue, log = open_queue(url), tmp_path / "server.log"
+    server = start_server(url, tmp_path)
+    try:
+        (group / "cgroup.procs").write_text(str(server.pid))  # what it starts is in it, too
+        greedy = submit(queue, "greedy", "greedy")
+        until(lambda: queue.get(greedy.id).is_ended, log)
+        after = submit(queue, "done", "after")
+        until(lambda: queue.get(after.id).is_ended, log)
+        assert server.poll() is None
+        assert queue.get(after.id).state is S.DONE
+        found = queue.get(greedy.id)
+        assert (found.state, found.num_starts) == (S.FAILED, 3)
+        assert "was killed by signal 9, 3 times in a row" in found.note
+        assert int((tmp_path / f"work-{greedy.id}" / "score").read_text()) >= OUT_OF_MEMORY_SCORE
+        assert int(Path(f"/proc/{server.pid}/oom_score_adj").read_text()) < OUT_OF_MEMORY_SCORE
+    finally:
+        server.terminate()
+        server.wait()
+        queue.close()
 
 
 def ended(queue: QueueStore, folder: Path) -> bool:

@@ -36,6 +36,11 @@ def main(mode: str, folder: Path) -> int:
         case "dies once":
             checkpoint.touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        case "greedy":
+            (folder / "score").write_text(Path("/proc/self/oom_score_adj").read_text().strip())
+            held = []
+            while True:  # until somebody is killed for it
+                held.append(b"1" * (4 << 20))
         case "waits once" if is_second:
             return 0
     checkpoint.touch()

@@ -29,12 +29,19 @@ CASES = [
     (TRAIN, [HALF], "2xcpu", ["train", "--hardware=2xcpu", "--gpus=CPU-host-0of2", "--", "best.yaml"], None),
     (TRAIN, [WHOLE], "cpu", ["train", "--hardware=cpu", "--", "best.yaml"], None),
     (EVALUATE, [WHOLE], "cpu", ["evaluate", "--metric=eval_loss", "--", "runs/a", "-b"], None),
+    (
+        TUNE,
+        [replace(one, node="host/3f2a11") for one in GPUS],  # another node's
+        "auto",
+        [*TUNE.to_argv(), "--hardware=auto", "--address=head:6379", "--gpus=GPU-0,GPU-1"],
+        None,
+    ),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "devices", "hardware", "argv", "visible"), CASES)
 def test_the_command_of_a_driver(arguments, devices, hardware, argv, visible) -> None:
-    made = driver_command(item(1, arguments=arguments), devices, hardware=hardware)
+    made = driver_command(item(1, arguments=arguments), devices, hardware=hardware, address="head:6379")
     assert list(made.argv) == [sys.executable, "-P", "-m", "autosft", *argv]
     assert made.environment.get("CUDA_VISIBLE_DEVICES") == visible
 
@@ -49,6 +56,9 @@ ENDS = [
     ("stopped from outside", RUNNING, 130, S.HELD, False),
     ("killed", RUNNING, 137, S.PREEMPTED, True),
     ("killed, without a shell", RUNNING, -9, S.PREEMPTED, True),
+    ("its surroundings failed", RUNNING, 75, S.PREEMPTED, True),
+    ("its surroundings failed for the third time", replace(RUNNING, num_lost=2), 75, S.FAILED, False),
+    ("its surroundings failed while it stopped", STOPPING, 75, S.PREEMPTED, False),
     ("vanished", RUNNING, None, S.PREEMPTED, True),
     ("vanished for the third time", replace(RUNNING, num_lost=2), None, S.FAILED, False),
     ("stopped as asked", STOPPING, 130, S.PREEMPTED, False),
@@ -72,6 +82,13 @@ def test_what_an_end_means(name, before, code, state, was_lost) -> None:
         assert "error: it" in found.note
     if found.state is S.PREEMPTED and before.then is not None:
         assert found.note == "gives way"
+
+
+def test_a_driver_that_was_ended_without_a_word_is_lost_not_failed() -> None:
+    """As Ray does to a process whose cluster's head stays away."""
+    found = outcome(RUNNING, Ended(exit_code=1, message="some line", has_no_word=True))
+    assert (found.state, found.was_lost) == (S.PREEMPTED, True)
+    assert "exit code 1" in found.note
 
 
 def lease(gib: float, pid: int) -> LeaseInfo:

@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from autosft.profiles.memory.host_kernels import UNTOUCHED_BYTES
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.studies.wire import from_plain, to_plain
-from autosft.workers.device import device_of
+from autosft.workers.device import device_of, pads_to_few_sizes
 from autosft.workers.processes.failures import failed
 from autosft.workers.processes.logs import redirect_output
 from autosft.workers.processes.memory_limit import (
@@ -147,6 +148,7 @@ def run_attempt(
                 job.plan.memory_cap_bytes,
                 num_threads=job.plan.num_threads,
                 inherited_bytes=data_segment_bytes() if inherited_bytes is None else inherited_bytes,
+                kernel_bytes=UNTOUCHED_BYTES if pads_to_few_sizes(job) else 0,
             )
         end = train(job, reporter.report, reporter.stop_requested)
     except BaseException as error:  # any exception ends the attempt and is reported

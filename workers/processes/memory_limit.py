@@ -37,19 +37,22 @@ def data_segment_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def limit_data_segment(memory_cap_bytes: int, *, num_threads: int, inherited_bytes: int) -> None:
+def limit_data_segment(
+    memory_cap_bytes: int, *, num_threads: int, inherited_bytes: int, kernel_bytes: int = 0
+) -> None:
     """Cap the memory of this process at `with_room(memory_cap_bytes)` over `inherited_bytes` (Linux).
 
     The cap is on resident memory, which is predicted and measured; what the kernel can enforce without
     privileges is RLIMIT_DATA, on private writable mappings, touched or not.  With the malloc settings of the
-    server's environment the two grow in step.  An allocation beyond the limit raises an exception in this
+    server's environment the two grow in step, but for `kernel_bytes` that compiled kernels map and never
+    touch (`profiles.memory.host_kernels`).  An allocation beyond the limit raises an exception in this
     process only.  RLIMIT_AS would not work: it counts reserved address space and mapped files, gigabytes of
     both for torch, and shared pages.
     """
     if sys.platform == "linux":
         import resource
 
-        untouched_bytes = THREAD_STACK_BYTES * (num_threads + NUM_OTHER_THREADS)
+        untouched_bytes = THREAD_STACK_BYTES * (num_threads + NUM_OTHER_THREADS) + kernel_bytes
         wanted = inherited_bytes + with_room(memory_cap_bytes) + untouched_bytes - LIBRARY_BYTES
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         if hard == resource.RLIM_INFINITY or wanted < hard:

@@ -32,7 +32,7 @@ from autosft.studies.files.checkpoints import (
 )
 from autosft.studies.trial import AttemptEnd, Measurement, PromptScoring, StopReason, Task, TrialJob
 from autosft.workers.data import collator, load_split, require_same_evaluation
-from autosft.workers.device import MemoryMeter, device_of
+from autosft.workers.device import MemoryMeter, device_of, pads_to_few_sizes
 from autosft.workers.load_weights import load_adapter
 from autosft.workers.ranks import SingleProcess, staging_dir
 from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
@@ -76,7 +76,8 @@ def score(
     stopped = None
     try:
         loaded = load(job)
-        with head_tiles(loaded.network, on_cpu=device_of(job).uses_host_memory):
+        on_cpu, in_few_sizes = device_of(job).uses_host_memory, pads_to_few_sizes(job)
+        with head_tiles(loaded.network, on_cpu=on_cpu, in_few_sizes=in_few_sizes):
             result = evaluate_loaded(job, loaded, examples, progress.on_batch)
             metrics = result.metrics()
             if is_untuned and job.scoring is not None:
@@ -184,7 +185,7 @@ def evaluate_loaded(
         result = evaluate(
             loaded.model,
             examples,
-            collate=collator(loaded.tokenizer, job.pinned.eval_seq_len),
+            collate=collator(loaded.tokenizer, job.pinned.eval_seq_len, in_few_sizes=pads_to_few_sizes(job)),
             micro_batch=job.pinned.eval_micro_batch,
             device=loaded.device,
             precision=precision_context(job, loaded.device),

@@ -26,7 +26,7 @@ from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_
 from autosft.profiles.recipe import Method
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
 from autosft.workers.data import collator, load_split, require_same_evaluation
-from autosft.workers.device import device_of
+from autosft.workers.device import device_of, pads_to_few_sizes
 from autosft.workers.load_weights import load_adapter_weights
 from autosft.workers.ranks import join, staging_dir
 from autosft.workers.scoring.own_loss import require_own_loss
@@ -71,7 +71,8 @@ def train(
     trainer = build_trainer(attempt)
     callback = TrialCallback(attempt, trainer)
     trainer.add_callback(callback)
-    with head_tiles(unwrapped(trainer), on_cpu=device_of(job).uses_host_memory):
+    on_cpu, in_few_sizes = device_of(job).uses_host_memory, pads_to_few_sizes(job)
+    with head_tiles(unwrapped(trainer), on_cpu=on_cpu, in_few_sizes=in_few_sizes):
         trainer.train(resume_from_checkpoint=attempt.job.resume_from)
         callback.close()
     return finish(attempt, callback, duration_s=time.monotonic() - started)
@@ -119,7 +120,12 @@ def build_trainer(attempt: Attempt) -> Trainer:
         args=sft_config(job, num_steps=examples.num_steps, staging_dir=str(staging_dir(job))),
         train_dataset=examples.dataset,
         processing_class=tokenizer,
-        data_collator=collator(tokenizer, job.settings.seq_len, padding_free=job.pinned.padding_free),
+        data_collator=collator(
+            tokenizer,
+            job.settings.seq_len,
+            padding_free=job.pinned.padding_free,
+            in_few_sizes=pads_to_few_sizes(job),
+        ),
         peft_config=adapter(job, model),
     )
     if job.settings.adapter is not None and holds_adapter_in_fp32(job.settings.method, job.pinned.precision):

@@ -26,7 +26,7 @@ from autosft.studies.files.checkpoints import (
 )
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator
-from autosft.workers.device import MemoryMeter, device_of
+from autosft.workers.device import MemoryMeter, device_of, pads_to_few_sizes
 from autosft.workers.load_weights import name_base
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
@@ -71,7 +71,9 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.trainer, self.eval_data, self.meter = trainer, attempt.eval_data, attempt.meter
         self.report, self.stop_requested = attempt.report, attempt.stop_requested
         self.gpus = GpuWatch(device_of(job).watched(job.device_uuids))
-        self.collate_eval = collator(trainer.processing_class, job.pinned.eval_seq_len)
+        self.collate_eval = collator(
+            trainer.processing_class, job.pinned.eval_seq_len, in_few_sizes=pads_to_few_sizes(job)
+        )
         self.prompts = None if job.scoring is None else PromptScorer(job, job.scoring)
         self.stopped: StopReason | None = None
         self.failure: FailureKind | None = None

@@ -16,6 +16,7 @@ from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.known_devices import cluster_from_name
 from autosft.scheduler.cluster.nodes import NodeDevices, require_everywhere
 from autosft.scheduler.setup.folders import require_shared
+from autosft.scheduler.setup.inputs import chosen_anywhere
 from autosft.studies.request import TuneRequest
 
 
@@ -116,6 +117,31 @@ def test_two_raylets_of_one_machine_bring_its_devices_once_and_are_two_nodes_for
     assert uuids(devices) == ["GPU-here", "GPU-a", "GPU-b"]
     assert len({device.node for device in devices.devices().devices}) == 3
     devices.close()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "found"),
+    [
+        ("GPU-a0", ["GPU-a0"]),
+        ("gpu-a1,GPU-here", ["GPU-here", "GPU-a1"]),
+        ("GPU-nowhere", []),
+    ],
+)
+def test_devices_are_chosen_by_uuid_on_every_node(gpus: str, found: list[str]) -> None:
+    nodes = FakeNodes(a=cards("L40S", "GPU-a0", "GPU-a1"))
+    chosen = chosen_anywhere(TuneRequest(address="head:6379", gpus=gpus))
+    assert chosen is not None
+    devices = NodeDevices(nodes, HERE, is_asked=chosen, poll_s=1e9)
+    assert uuids(devices) == found
+    nodes.bring["b"] = cards("L40S", "GPU-b0")  # one that joins is not taken either
+    devices.look(timeout_s=0)
+    assert uuids(devices) == found
+    devices.close()
+
+
+@pytest.mark.parametrize("request_", [{"gpus": "GPU-a"}, {"gpus": "0,1", "address": "head:6379"}, {}])
+def test_without_an_address_or_by_index_devices_are_this_machines(request_: dict[str, str]) -> None:
+    assert chosen_anywhere(TuneRequest(**request_)) is None
 
 
 def test_a_folder_that_another_node_has_not_is_refused(tmp_path: Path) -> None:

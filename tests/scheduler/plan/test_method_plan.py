@@ -44,6 +44,7 @@ from autosft.scheduler.plan.method_plan import (
     ways_worth_weighing,
 )
 from autosft.studies.trial import TrainingSettings
+from autosft.ui.plan_view import bf16_lines
 from tests.plans import memory_estimate
 from tests.profiles.memory.models import config_json
 from tests.scheduler.devices import gpu
@@ -308,27 +309,32 @@ def test_what_could_not_be_followed_is_never_said_to_fit(
 
 
 @pytest.mark.parametrize(
-    ("kind", "precision", "is_followed"),
+    ("kind", "precision", "has_bf16", "is_followed"),
     [
-        (DeviceKind.CPU, Precision.FP32, True),
-        (DeviceKind.CPU, Precision.BF16, False),
-        (DeviceKind.CPU, Precision.BF16_AUTOCAST, False),
-        (DeviceKind.CUDA, Precision.BF16, True),
+        (DeviceKind.CPU, Precision.FP32, False, True),
+        (DeviceKind.CPU, Precision.BF16, False, False),
+        (DeviceKind.CPU, Precision.BF16_AUTOCAST, False, False),
+        (DeviceKind.CPU, Precision.BF16, True, True),
+        (DeviceKind.CPU, Precision.BF16_AUTOCAST, True, True),
+        (DeviceKind.CPU, Precision.BF16_STOCHASTIC, True, False),
+        (DeviceKind.CUDA, Precision.BF16, True, True),
     ],
 )
-def test_16_bit_kernels_of_a_cpu_are_measured_and_never_said_to_fit(
+def test_16_bit_kernels_of_a_cpu_without_bf16_are_measured_and_never_said_to_fit(
     kind: DeviceKind,
     precision: Precision,
+    has_bf16: bool,
     is_followed: bool,
     forecast: Forecast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They were predicted without their copies, and the trial ended at its cap."""
+    """They were predicted without what oneDNN compiles, and the trial ended at its cap."""
     monkeypatch.setattr(cost_models, "estimate", lambda *_, **__: memory_estimate())
     models = Models(forecast.model, uniform)
     recipe, micro_batch = next(recipes(wanted(forecast), forecast.pinned(wanted(forecast), gpu()), 1))
     recipe = replace(recipe, precision=precision)
-    found = models.estimate(recipe, micro_batch, 256, replace(gpu(), kind=kind))
+    device = replace(gpu(), kind=kind, supports_bf16=has_bf16)
+    found = models.estimate(recipe, micro_batch, 256, device)
     assert (found.untraced == ()) is is_followed
     assert ("--precision fp32" in found.way_out) is not is_followed
 
@@ -446,6 +452,29 @@ def test_a_larger_budget_never_removes_a_way(
             assert second.tokens_per_s * planner.WORTHWHILE_SPEEDUP >= first.tokens_per_s
 
 
+@pytest.mark.parametrize(
+    ("bf16_flops_per_s", "asked", "is_offered"),
+    [
+        (None, None, False),  # not measured, or without the instructions
+        (1e12, None, True),
+        (1e11, None, False),  # no faster
+        (1e12, Precision.FP32, False),  # the user has chosen
+    ],
+)
+def test_bf16_is_offered_where_a_cpu_is_faster_in_it(
+    bf16_flops_per_s: float | None, asked: Precision | None, is_offered: bool, forecast: Forecast
+) -> None:
+    rates = {"matmul_flops_per_s": 1e11, "memory_bytes_per_s": 1e11, "reused_bytes_per_s": 1e11}
+    host = replace(gpu(), kind=DeviceKind.CPU, num_cores=1, free_bytes=8 << 30, total_bytes=8 << 30)
+    host = replace(host, rates_measured=True, bf16_flops_per_s=bf16_flops_per_s, **rates)
+    asking = forecast if asked is None else forecast.in_precision(asked)
+    plan = plan_method(wanted(forecast), host, asking)
+    assert plan.precision is Precision.FP32
+    assert (plan.speedup_in_bf16 is not None) is is_offered
+    shown = " ".join(bf16_lines(plan))
+    assert ("--precision bf16-autocast" in shown) is is_offered
+
+
 @pytest.mark.parametrize(("total_gib", "expected"), [(1, [1]), (20, [1, 4]), (30, [1, 8])])
 def test_a_cpu_is_planned_with_the_threads_that_a_study_gives_a_trial(
     total_gib: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
@@ -459,6 +488,7 @@ def test_a_cpu_is_planned_with_the_threads_that_a_study_gives_a_trial(
         return SimpleNamespace(chosen=SimpleNamespace(memory=memory))
 
     monkeypatch.setattr(method_plan, "plan_with_threads", plan)
+    monkeypatch.setattr(method_plan, "with_bf16_offered", lambda plan, *_: plan)
     made = Forecast(SimpleNamespace(model=None))  # type: ignore[arg-type]
     host = replace(gpu(), kind=DeviceKind.CPU, num_cores=8, free_bytes=48 << 30, total_bytes=48 << 30)
     plan_method(None, host, made)  # type: ignore[arg-type]

@@ -262,6 +262,16 @@ def test_a_place_in_the_queue_is_given(queue: QueueStore) -> None:
     assert [ranks[i] for i in ids] == [0, None, None, 2, 1]
 
 
+def test_a_claim_whose_answer_was_lost_is_made_again(queue: QueueStore) -> None:
+    item, _ = queue.submit(submission(demand=demand()), now=1.0)
+    server = queue.take_over(process(9), now=1.0)
+    queue.book(item.id, place(), launch="one", generation=server, now=2.0)
+    first = queue.claim(item.id, launch="one", process=process(1), now=3.0)
+    assert first is not None
+    assert queue.claim(item.id, launch="one", process=process(1), now=4.0) == first
+    assert queue.claim(item.id, launch="one", process=process(2), now=4.0) is None
+
+
 def test_progress_clears_the_count_of_lost_drivers(queue: QueueStore) -> None:
     item = running(queue)
     queue.end(item.id, launch=item.launch, to=S.PREEMPTED, was_lost=True, now=1.0)

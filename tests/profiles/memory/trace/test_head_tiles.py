@@ -76,3 +76,43 @@ def test_on_the_cpu_only_labels_are_scored_and_the_loss_is_the_same(tmp_path: Pa
     assert torch.equal(labelled.is_top1, every.is_top1)
     for one, other in zip(gradients, its_gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_labels", [0, 1, 64, 70])
+def test_scored_positions_are_padded_to_few_sizes_and_the_loss_is_the_same(
+    num_labels: int, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+    from trl.trainer import utils
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(make_chat_model(tmp_path))
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    ids = torch.randint(0, model.config.vocab_size, (2, 60))
+    labels = torch.full_like(ids, -100)
+    labels.view(-1)[1 : num_labels + 1] = ids.view(-1)[1 : num_labels + 1]
+    labels[:, 0] = -100  # never predicted
+    function, rows, results = utils._ChunkedLogProbFunction, [], []
+
+    def counted(hidden: torch.Tensor, *rest: object) -> object:
+        rows.append(len(hidden))
+        return apply(hidden, *rest)
+
+    apply = function.apply
+    for in_few_sizes in (False, True):
+        model.zero_grad()
+        with (
+            head_tiles(model, on_cpu=True, in_few_sizes=in_few_sizes),
+            mock.patch.object(function, "apply", counted),
+        ):
+            out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        out.loss.backward()
+        results.append((out, [one.grad.clone() for one in model.parameters() if one.grad is not None]))
+    assert utils._ChunkedLogProbFunction is function
+    assert rows[0] == int((labels[:, 1:] != -100).sum())
+    assert rows[1] == max(64, -(-rows[0] // 64) * 64)
+    (plain, its_gradients), (padded, gradients) = results
+    assert float(padded.loss) == pytest.approx(float(plain.loss), rel=2e-6)
+    torch.testing.assert_close(padded.log_probs, plain.log_probs, rtol=1e-5, atol=1e-6)
+    for one, other in zip(gradients, its_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
