@@ -118,9 +118,10 @@ def test_a_server_that_is_restarted_costs_a_study_nothing(own_server: Any) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
 def test_a_server_that_is_lost_within_a_transaction_is_named_and_found_again(
-    own_server: Any, how: signal.Signals
+    own_server: Any, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whether a commit arrived is not known then, so nothing is repeated; the same command goes on."""
+    monkeypatch.setattr(database, "AWAY_S", 600.0)  # until it has recovered, on a busy machine
     records = open_records(own_server.url)
     engine = records._engine
 
