@@ -97,7 +97,8 @@ def connect(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
         return sa.create_engine(url, pool_pre_ping=True)  # replaces connections from before a restart
     _check_file(Path(url.database or ""))
-    engine = sa.create_engine(url, connect_args={"timeout": QUIET_S})
+    # All connections are kept: one that is opened for a moment and closed again costs more than a query.
+    engine = sa.create_engine(url, connect_args={"timeout": QUIET_S}, pool_size=15, max_overflow=0)
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _record: object) -> None:
