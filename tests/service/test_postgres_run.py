@@ -20,7 +20,7 @@ from autosft.studies.store.records import open_records
 from autosft.studies.trial import TrialState
 from tests.service.house import House, furnished
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 NUM_TRIALS, NUM_EVALUATIONS = 2, 4
 
 
@@ -75,8 +75,8 @@ def house(tmp_path: Path, postgres: Postgres) -> Iterator[House]:
 
 AWAY = [
     ("stopped", 0.0),
-    pytest.param("stopped", 60.0, marks=pytest.mark.faults),
-    pytest.param("suspended", 60.0, marks=pytest.mark.faults),
+    ("stopped", 60.0),
+    ("suspended", 60.0),
 ]
 
 
