@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -118,7 +119,9 @@ def _run(given: Sequence[str]) -> int:
     except TyperException as error:
         return complain(*rephrased(error), code=WRONG_REQUEST)
     except UserError as error:
-        return complain(error.message, error.remedy, code=WRONG_REQUEST)
+        return complain(
+            error.message, error.remedy, code=INTERRUPTED if ends_no_item(error) else WRONG_REQUEST
+        )
     except (KeyboardInterrupt, Abort):
         code = STOPPED
     except BrokenPipeError:
@@ -130,6 +133,16 @@ def _run(given: Sequence[str]) -> int:
     if code == STOPPED:  # also what typer makes of KeyboardInterrupt
         return complain("stopped", None, code=STOPPED, kind="")
     return code if isinstance(code, int) else DONE
+
+
+def ends_no_item(error: UserError) -> bool:
+    """Whether an item of a queue goes on after this: its database, which it was claimed in, went away."""
+    database = sys.modules.get("autosft.studies.store.database")
+    return (
+        "AUTOSFT_QUEUE_ITEM" in os.environ
+        and database is not None
+        and isinstance(error, database.DatabaseError)
+    )
 
 
 def complain(message: str, remedy: str | None, *, code: int, kind: str = "error: ") -> int:

@@ -12,6 +12,7 @@ from autosft.service.values import (
     QUEUED_STATES,
     Item,
     ItemState,
+    Pace,
     Place,
     Submission,
     Usage,
@@ -48,7 +49,9 @@ class MemoryQueue:
 
     def heartbeat(self, generation: int, *, now: float) -> None: ...
 
-    def items(self, states: Collection[ItemState] = OPEN_STATES) -> tuple[Item, ...]:
+    def items(
+        self, states: Collection[ItemState] = OPEN_STATES, *, limit: int | None = None
+    ) -> tuple[Item, ...]:
         return tuple(item for item in self.open.values() if item.state in states)
 
     def states(self, item_ids: Collection[int]) -> dict[int, ItemState]:
@@ -77,21 +80,22 @@ class MemoryQueue:
         self.open[item.id] = item
         return item, True
 
-    def book(self, item_id: int, place: Place, *, launch: str, generation: int, now: float) -> Item:
+    def book(
+        self, item_id: int, place: Place, *, launch: str, generation: int, ends_at: float | None, now: float
+    ) -> Item:
         item = self.open[item_id]
         assert item.state in QUEUED_STATES
         waited_s = now - item.queued_at
         self.longest_waits[item_id] = max(waited_s, self.longest_waits.get(item_id, 0.0))
         self.starts.setdefault(item_id, now)
-        return self._put(item, state=S.STARTING, place=place, launch=launch, started_at=now, ends_at=None)
+        return self._put(item, state=S.STARTING, place=place, launch=launch, started_at=now, ends_at=ends_at)
 
     def claim(self, item_id: int, *, launch: str, process: Driver, now: float) -> Item:
         return self._put(self.open[item_id], state=S.RUNNING, process=process, charged_until=now)
 
-    def report(
-        self, item_id: int, *, launch: str, progress: float, ends_at: float | None, now: float
-    ) -> None:
-        self._put(self.open[item_id], progress=progress, ends_at=ends_at)
+    def report(self, paces: Collection[Pace], *, now: float) -> None:
+        for pace in paces:
+            self._put(self.open[pace.item], progress=pace.progress, ends_at=pace.ends_at)
 
     def charge(self, item_ids: Collection[int], *, now: float) -> None:
         for item_id in item_ids:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from autosft.profiles.errors import UserError
+from autosft.service.decide.expected import MAX_RECENT, expected
 from autosft.service.decide.forecast import Forecast, forecast
 from autosft.service.decide.outcomes import MAX_LOST, Ended, outcome
 from autosft.service.decide.place_items import decide
@@ -24,7 +25,7 @@ from autosft.service.devices import Devices
 from autosft.service.drivers.protocol import Drivers, Life
 from autosft.service.store.queue_store import ItemMovedError, QueueStore
 from autosft.service.store.server_lease import ServedElsewhereError
-from autosft.service.values import ENDED_STATES, OPEN_STATES, Item, ItemState, Reason, Start
+from autosft.service.values import ENDED_STATES, OPEN_STATES, Item, ItemState, Pace, Reason, Start
 from autosft.studies.values import Driver
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,8 @@ class Loop:
         self._forecast_every_s, self._forecast_rest_s = forecast_every_s, 0.0
         self._seen: tuple[object, ...] = ()
         self._stopping_since: dict[str, float] = {}
+        self._recent: dict[int, Item] = {}  # the newest that were submitted, by id
+        self._first_at = float("inf")  # when the first of all was
         self._wake = threading.Event()
 
     def begin(self, process: Driver) -> None:
@@ -93,6 +96,7 @@ class Loop:
         now = self._clock()
         self._generation = self.queue.take_over(process, now=now)
         self._heartbeat_at = now
+        self._recent = {item.id: item for item in self.queue.items(limit=MAX_RECENT)}
         placed = [item for item in self.queue.items(OPEN_STATES) if item.is_placed]
         away = [item for item in placed if item.process is not None and item.process.host != process.host]
         if away:
@@ -160,6 +164,7 @@ class Loop:
         placed = [item for item in self._items if item.is_placed]
         asks = now - self._progress_at >= PROGRESS_S
         has_moved = asks and bool(placed)
+        paces: list[Pace] = []
         for item in placed:
             life = self._drivers.poll(item, now=now)
             if isinstance(life, Ended):
@@ -171,13 +176,15 @@ class Loop:
                 if item.state is ItemState.STOPPING:
                     self._see_stop(item, now)
                 if asks and (progress := self._drivers.progress(item, now=now)) is not None:
-                    self.queue.report(
-                        item.id,
-                        launch=item.launch,
-                        progress=progress.share,
-                        ends_at=progress.ends_at,
-                        now=now,
+                    paces.append(
+                        Pace(
+                            item=item.id,
+                            launch=item.launch,
+                            progress=progress.share,
+                            ends_at=progress.ends_at,
+                        )
                     )
+        self.queue.report(paces, now=now)
         if placed and now - self._charged_at >= CHARGE_S:
             self.queue.charge([item.id for item in placed], now=now)
             self._charged_at = now
@@ -272,7 +279,12 @@ class Loop:
         devices = [by_uuid[uuid] for uuid in start.place.device_uuids]
         try:
             item = self.queue.book(
-                start.item, start.place, launch=launch, generation=self._generation, now=situation.now
+                start.item,
+                start.place,
+                launch=launch,
+                generation=self._generation,
+                ends_at=start.ends_at,
+                now=situation.now,
             )
         except ItemMovedError:  # held or cancelled meanwhile
             return _without(situation, start.item)
@@ -305,10 +317,21 @@ class Loop:
         if waited_s < self._forecast_rest_s or (seen == self._seen and waited_s < self._forecast_every_s):
             return
         started_s = time.perf_counter()
-        found = forecast(situation)
+        found = forecast(situation, self._expected(situation))
         self.view = View(situation=situation, forecast=found, reasons=reasons(situation, found))
         self._forecast_rest_s = FORECAST_REST * (time.perf_counter() - started_s)
         self._seen, self._forecast_at = seen, situation.now
+
+    def _expected(self, situation: Situation) -> tuple[Item, ...]:
+        """Return what is likely to be submitted, by what was."""
+        oldest = min(self._recent, default=0)
+        self._recent |= {item.id: item for item in situation.items if item.id >= oldest}
+        for item_id in sorted(self._recent)[:-MAX_RECENT]:
+            del self._recent[item_id]
+        first = min(self._recent.values(), key=lambda item: item.id, default=None)
+        if first is not None:
+            self._first_at = min(self._first_at, first.submitted_at)
+        return expected(self._recent.values(), since=self._first_at, now=situation.now)
 
 
 def _with(situation: Situation, item: Item) -> Situation:

@@ -39,6 +39,9 @@ ENDED_STATES = frozenset({ItemState.DONE, ItemState.FAILED, ItemState.CANCELLED,
 OPEN_STATES = frozenset(ItemState) - ENDED_STATES
 
 
+_QUEUED, _PLACED = tuple(QUEUED_STATES), tuple(PLACED_STATES)
+
+
 class Role(enum.Enum):
     """What a user may see and stop."""
 
@@ -145,17 +148,18 @@ class Item:
     num_starts: int = 0
     num_lost: int = 0  # starts in a row whose driver vanished without progress
     progress: float = 0.0  # 0..1, measured by its records
-    ends_at: float | None = None  # predicted by its driver while it runs
+    ends_at: float | None = None  # predicted at its start, and by its driver while it runs
     device_s: float = 0.0  # seconds of devices used, over all starts
     charged_until: float | None = None  # while it runs: to where `device_s` and its owner's usage go
 
+    # A decision asks this of thousands of items: tuples compare by identity, sets call the enum's hash.
     @property
     def is_queued(self) -> bool:
-        return self.state in QUEUED_STATES
+        return self.state in _QUEUED
 
     @property
     def is_placed(self) -> bool:
-        return self.state in PLACED_STATES
+        return self.state in _PLACED
 
     @property
     def is_ended(self) -> bool:
@@ -206,6 +210,16 @@ class Usage:
 
     decayed_s: float = 0.0  # device-seconds, halved with each half-life
     week_s: float = 0.0  # device-seconds of the last seven days
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How far a running item is."""
+
+    item: int
+    launch: str  # of the start that this is about
+    progress: float  # 0..1, measured
+    ends_at: float | None  # predicted; None: not known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -30,8 +31,10 @@ class StopSwitch:
         self._has_work = False
         self._num_signals = 0
         self._before: dict[signal.Signals, object] = {}
+        self._hook_before = sys.unraisablehook
 
     def __enter__(self) -> Self:
+        self._hook_before, sys.unraisablehook = sys.unraisablehook, self._hear_unraisable
         for number in (signal.SIGINT, signal.SIGTERM):
             self._before[number] = signal.signal(number, self._handle)
         return self
@@ -41,6 +44,7 @@ class StopSwitch:
     ) -> None:
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]
+        sys.unraisablehook = self._hook_before
 
     def guard(self, runner: TrialRunner | None = None) -> None:
         """From now on there is work to save; a second Ctrl+C closes `runner`.
@@ -60,6 +64,15 @@ class StopSwitch:
             self._stop_at_once()
         if not self._has_work:
             raise KeyboardInterrupt
+
+    def _hear_unraisable(self, unraisable: sys.UnraisableHookArgs) -> None:
+        """Leave at once where our KeyboardInterrupt is lost, raised in a callback or a `__del__`.
+
+        Raised in one of the import system's, it also leaves a lock behind that all later imports wait for.
+        """
+        if not self._has_work and self.requested() and unraisable.exc_type is KeyboardInterrupt:
+            self._stop_at_once()
+        self._hook_before(unraisable)
 
     def _stop_at_once(self) -> None:
         for number in self._before:

@@ -126,7 +126,8 @@ def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = Fals
         )
         ray_thread.start()
         try:
-            yield cluster
+            with _interrupted():
+                yield cluster
         finally:
             leave.set()
             starter.close()
@@ -135,6 +136,20 @@ def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = Fals
             else:
                 ray_thread.join()
             watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
+
+
+@contextlib.contextmanager
+def _interrupted() -> Iterator[None]:
+    """Tell a Ray that has died under its user from a bug: what its runner expects, it handles itself."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__ != "ray.exceptions":
+            raise
+        raise InterruptedRunError(
+            f"Ray has failed: {_first_line(error)} "
+            "Nothing that was recorded is lost: run the same command again to resume."
+        ) from error
 
 
 # Threads whose Ray was killed during its start.  They end by themselves.
@@ -206,9 +221,9 @@ def _init_ray(run_dir: Path, dashboard: bool, leave: threading.Event) -> Any:
             if "timed out during startup" not in str(error) or leave.is_set():
                 raise
             watchdog.sweep(str(run_dir / "ray"), spare=frozenset({os.getpid()}))
-    raise UserError(
-        f"Ray did not start in {MAX_STARTS} attempts of 30 s: the machine is too busy.",
-        remedy="Wait until other programs use less CPU, and run the same command again.",
+    raise InterruptedRunError(
+        f"Ray did not start in {MAX_STARTS} attempts of 30 s: the machine is too busy. "
+        "Wait until other programs use less CPU, and run the same command again."
     )
 
 
@@ -295,7 +310,8 @@ def connect(
         with guarded(run_dir), _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
             starter = WarmServer(run_dir / "warm", imports=imports)
             try:
-                yield _connected(address, starter)
+                with _interrupted():
+                    yield _connected(address, starter)
             finally:
                 ray.shutdown()
                 starter.close()

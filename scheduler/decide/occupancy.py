@@ -118,11 +118,11 @@ class Kind:
             self._node_bytes = [max(with_so_many) for with_so_many in zip_longest(*nodes, fillvalue=0)]
         return _num_at_least(self._node_bytes, num_bytes)
 
-    def num_large(self, num_bytes: int) -> int:
-        """Return how many devices, busy ones included, could ever take so many bytes."""
+    def could_take(self, num_devices: int, num_bytes: int) -> bool:
+        """Whether so many devices, busy ones included, could ever take so many bytes each."""
         if self._all_bytes is None:
             self._all_bytes = sorted((state.usable_bytes for state in self.all), reverse=True)
-        return _num_at_least(self._all_bytes, num_bytes)
+        return num_devices <= len(self._all_bytes) and num_bytes <= self._all_bytes[num_devices - 1]
 
     def _list_of(self, state: DeviceState) -> list[DeviceState] | None:
         """Return the list that a device belongs to; None for one that takes no other trial."""

@@ -53,6 +53,8 @@ def _times(item: models.Shown, now: float) -> list[tuple[str, str]]:
             found.append(("started", clock(item.started_at, now)))
         if item.predicted_end is not None:
             found.append(("predicted end", clock(item.predicted_end, now)))
+        if item.progress:
+            found.append(("done, measured", f"{100 * item.progress:.0f} %"))
     elif item.ended_at is not None:
         found.append(("ended", clock(item.ended_at, now)))
         if item.started_at is not None:
@@ -73,7 +75,7 @@ def _facts(item: models.Shown, now: float) -> list[tuple[str, str]]:
         found.append(("device", item.predicted.device_kind.partition("/")[0]))
     if item.device_seconds:
         found.append(("device time, measured", format_duration(item.device_seconds)))
-    if item.progress:
+    if item.progress and item.state not in ("running", "starting", "stopping"):
         found.append(("done, measured", f"{100 * item.progress:.0f} %"))
     if item.num_starts > 1:
         found.append(("starts", str(item.num_starts)))

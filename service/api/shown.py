@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from autosft.profiles.masking import masked, masked_command
 from autosft.service.api import models
 from autosft.service.board import Board, DeviceUse
-from autosft.service.values import Item
+from autosft.service.values import Item, ItemState
 from autosft.studies.trial import TrialRecord
 
 
@@ -17,7 +17,7 @@ def shown_item(item: Item, board: Board, places: Mapping[int, int] | None = None
     places = board.places() if places is None else places
     reason = board.reasons.get(item.id) if item.is_queued else None
     predicted_start = reason.starts_at if reason is not None else None
-    predicted_end = item.ends_at if item.is_placed else reason.ends_at if reason is not None else None
+    predicted_end = planned_end(item) if item.is_placed else reason.ends_at if reason is not None else None
     return models.Shown(
         id=item.id,
         name=item.name,
@@ -44,6 +44,15 @@ def shown_item(item: Item, board: Board, places: Mapping[int, int] | None = None
         num_starts=item.num_starts,
         cloned_from=item.cloned_from,
     )
+
+
+def planned_end(item: Item) -> float | None:
+    """Return when a placed item ends: at its own pace, or before that is known as it was planned."""
+    if item.ends_at is not None or item.state is ItemState.STOPPING:
+        return item.ends_at
+    if item.demand is None or item.place is None or item.started_at is None:
+        return None
+    return item.started_at + item.demand.ways[item.place.way].seconds * (1.0 - item.progress)
 
 
 def reason_of(item: Item, board: Board) -> str:

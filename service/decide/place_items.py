@@ -7,7 +7,7 @@ which it will start soonest, and others overtake it only if they do not delay it
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from autosft.scheduler.decide.occupancy import Kind, Option
 from autosft.scheduler.decide.placement import (
@@ -27,7 +27,15 @@ from autosft.service.decide.shares import (
     quota_block,
     standings,
 )
-from autosft.service.decide.situation import Situation, occupied, rate_of, request_for, way_index, way_of
+from autosft.service.decide.situation import (
+    Situation,
+    occupied,
+    predicted_ends,
+    rate_of,
+    request_for,
+    way_index,
+    way_of,
+)
 from autosft.service.values import Decision, Item, ItemState, Place, Start
 
 
@@ -54,11 +62,12 @@ class Queue:
 
     def __init__(self, situation: Situation, *, max_behind: int = MAX_BACKFILL) -> None:
         self.situation = situation
-        self.kinds = occupied(situation)
+        ends = predicted_ends(situation)
+        self.kinds = occupied(situation, ends)
         self.devices = {device.uuid: device for device in situation.devices}
         self._max_behind = max_behind
         self.begin(situation.now, num_waiting=0)
-        self.standings = standings(situation)
+        self.standings = standings(situation, ends)
         self.started: list[tuple[Option, Placement]] = []
         self.blocks: dict[int, Block] = {}
         self.ready: list[Item] = []
@@ -80,13 +89,16 @@ class Queue:
         self.filling = Filling(self.kinds, now=now, max_behind=self._max_behind)
         self.num_left = num_waiting
 
-    def in_order(self) -> Iterator[Item]:
-        """Yield the items that may start, in their order; order counts them as used, quotas do not."""
+    def in_order(self, later: Sequence[Item] = ()) -> Iterator[Item]:
+        """Yield the items that may start, and `later` ones, in their order.
+
+        The order counts them as used, quotas do not.
+        """
         counted = {
             owner: Standing(share=standing.share, used_s=standing.used_s, week_s=standing.week_s)
             for owner, standing in self.standings.items()
         }
-        return in_order(self.ready, counted, self.situation)
+        return in_order([*self.ready, *later], counted, self.situation)
 
     def offer(self, item: Item) -> Start | None:
         """Start an item if there is room for it that is not kept for others."""
@@ -121,10 +133,11 @@ class Queue:
 def can_ever_start(item: Item, kinds: dict[str, Kind]) -> bool:
     """Whether the devices could run an item if nothing else ran on them."""
     assert item.demand is not None
-    return any(
-        (kind := kinds.get(way.kind)) is not None and way.width <= kind.num_large(way.bytes_each)
-        for way in item.demand.ways
-    )
+    for way in item.demand.ways:
+        kind = kinds.get(way.kind)
+        if kind is not None and kind.could_take(way.width, way.bytes_each):
+            return True
+    return False
 
 
 # Preemption
@@ -147,7 +160,7 @@ def _preempts(situation: Situation, queue: Queue) -> tuple[int, ...]:
 
     if not lower:
         return ()
-    kinds = occupied(situation, without=stopping)
+    kinds = occupied(situation, predicted_ends(situation), without=stopping)
     for option, placement in queue.started:  # they are there by then
         occupy(kinds, option, placement)
     found = start_now(first, kinds, now=situation.now)

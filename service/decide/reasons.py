@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 
 from autosft.profiles.units import gib
+from autosft.service.decide.expected import is_expected
 from autosft.service.decide.forecast import Forecast, Planned
 from autosft.service.decide.shares import Block
 from autosft.service.decide.situation import HOUR_S, Situation, shares, way_of
@@ -155,6 +156,8 @@ class _Told:
         return min(self.devices[uuid].usable_bytes - taken for uuid, taken in booked.items())
 
     def _name(self, item_id: int) -> str:
+        if is_expected(item_id):
+            return "what is likely to be submitted until then"
         item = self.items.get(item_id)
         return f"item {item_id}" if item is None else f"item {item_id} ({item.name})"
 

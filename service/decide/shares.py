@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import enum
 import heapq
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from autosft.service.decide.situation import HOUR_S, Situation, predicted_end, remaining_s
+from autosft.service.decide.situation import HOUR_S, Situation, remaining_s
 from autosft.service.values import Item, ItemState
 
 
@@ -42,8 +42,8 @@ class Standing:
         return self.used_s / self.share
 
 
-def standings(situation: Situation) -> dict[str, Standing]:
-    """Return where each owner of an open item stands."""
+def standings(situation: Situation, ends: Mapping[int, float]) -> dict[str, Standing]:
+    """Return where each owner of an open item stands; `ends` are those of placed items, predicted."""
     found: dict[str, Standing] = {}
     for owner in {item.owner for item in situation.items}:
         usage = situation.usage.get(owner)
@@ -53,9 +53,9 @@ def standings(situation: Situation) -> dict[str, Standing]:
             week_s=0.0 if usage is None else usage.week_s,
         )
     for item in situation.items:
-        if item.place is not None and item.is_placed:
+        if item.place is not None and item.id in ends:
             standing = found[item.owner]
-            left_s = item.place.rate * max(0.0, predicted_end(item, situation) - situation.now)
+            left_s = item.place.rate * max(0.0, ends[item.id] - situation.now)
             standing.used_s += left_s
             standing.week_s += left_s
             standing.num_devices += len(item.place.device_uuids)

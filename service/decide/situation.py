@@ -66,17 +66,24 @@ def predicted_end(item: Item, situation: Situation) -> float:
     return max(ends_at, now + max(MIN_OVERRUN_S, OVERRUN * (now - started_at))) if ends_at < now else ends_at
 
 
-def occupied(situation: Situation, *, without: Collection[int] = ()) -> dict[str, Kind]:
-    """Return the devices with the items that are placed on them, except some."""
+def predicted_ends(situation: Situation) -> dict[int, float]:
+    """Return when each placed item will end, by its id."""
+    return {item.id: predicted_end(item, situation) for item in situation.items if item.is_placed}
+
+
+def occupied(
+    situation: Situation, ends: Mapping[int, float], *, without: Collection[int] = ()
+) -> dict[str, Kind]:
+    """Return the devices with the items that are placed on them, except some; `ends` are predicted."""
     residents: dict[str, list[Resident]] = {}
     for item in situation.items:
-        if item.place is None or not item.is_placed or item.id in without:
+        if item.place is None or item.id not in ends or item.id in without:
             continue
         way = way_of(item)
         there = Resident(
             num_bytes=item.place.bytes_each,
             load=way.load,
-            ends_at=predicted_end(item, situation),
+            ends_at=ends[item.id],
             is_alone=way.width > 1 or not shares(item, way),
             trial=item.id,
         )

@@ -11,9 +11,12 @@ import contextlib
 import os
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 from autosft.service.store.queue_store import open_queue
+from autosft.service.values import Item
+from autosft.studies.store.database import AWAY_S, RETRY_S, DatabaseError
 from autosft.studies.values import Driver
 
 DATABASE = "AUTOSFT_QUEUE_DATABASE"
@@ -38,13 +41,30 @@ def be_chosen_first() -> None:
             score.write_text(str(OUT_OF_MEMORY_SCORE))
 
 
+def claim(database: str) -> Item | None:
+    """Claim the item of the environment, waiting for a database that is away; None if it is not to run.
+
+    A claim whose answer was lost is found by claiming again: it is this process's then.
+    """
+    deadline = time.monotonic() + AWAY_S
+    while True:
+        try:
+            with closing(open_queue(database)) as queue:
+                return queue.claim(
+                    int(os.environ[ITEM]),
+                    launch=os.environ[LAUNCH],
+                    process=Driver.current(),
+                    now=time.time(),
+                )
+        except DatabaseError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(RETRY_S)
+
+
 def main(command: list[str]) -> None:
     """Claim the item of the environment and run `command` in place of this process; raises SystemExit."""
-    queue = open_queue(os.environ.pop(DATABASE))
-    claimed = queue.claim(
-        int(os.environ[ITEM]), launch=os.environ[LAUNCH], process=Driver.current(), now=time.time()
-    )
-    queue.close()
+    claimed = claim(os.environ.pop(DATABASE))
     if claimed is None:
         raise SystemExit(NOT_CLAIMED)
     be_chosen_first()

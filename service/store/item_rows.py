@@ -29,7 +29,7 @@ def cell(name: str, value: object) -> object:
     return value
 
 
-@functools.lru_cache(maxsize=8192)
+@functools.lru_cache(maxsize=4096)  # of two thousand open items the arguments and the processes
 def _load(kind: type, text: str) -> object:
     """Read a JSON column; kept, since the loop reads the same items each second."""
     return from_plain(kind, json.loads(text))

@@ -34,7 +34,9 @@ from autosft.service.store.transitions import (
     leave_place,
     moved_error,
     one,
+    report,
     require,
+    several,
     stop,
     tell,
 )
@@ -47,6 +49,7 @@ from autosft.service.values import (
     Event,
     Item,
     ItemState,
+    Pace,
     Place,
     Submission,
     Usage,
@@ -279,8 +282,20 @@ class QueueStore:
         with self._read() as connection:
             return server_lease.read_server(connection)
 
-    def book(self, item_id: int, place: Place, *, launch: str, generation: int, now: float) -> Item:
-        """Record that an item starts, before its driver is started: only who claims `launch` may run it."""
+    def book(
+        self,
+        item_id: int,
+        place: Place,
+        *,
+        launch: str,
+        generation: int,
+        ends_at: float | None = None,
+        now: float,
+    ) -> Item:
+        """Record that an item starts, before its driver is started: only who claims `launch` may run it.
+
+        `ends_at` is predicted, with what is beside it, until its driver knows better.
+        """
         with self._write() as connection:
             server_lease.check(connection, generation)
             item = one(connection, item_id, lock=True)
@@ -294,16 +309,18 @@ class QueueStore:
                 launch=launch,
                 started_at=now,
                 num_starts=item.num_starts + 1,
-                ends_at=None,
+                ends_at=ends_at,
                 then=None,
                 rank=None,
                 note="",
             )
 
     def claim(self, item_id: int, *, launch: str, process: Driver, now: float) -> Item | None:
-        """Take a start for this process, which then runs the item; None if it was taken or withdrawn."""
+        """Take a start for this process, also again; None if it was withdrawn, or another process's."""
         with self._write() as connection:
             item = one(connection, item_id, lock=True)
+            if (item.launch, item.process) == (launch, process):
+                return item
             if item.launch != launch or item.state is not ItemState.STARTING:
                 return None
             return change(
@@ -338,24 +355,17 @@ class QueueStore:
                 return None
             return stop(connection, item, then=then, note=note, now=now)
 
-    def report(
-        self, item_id: int, *, launch: str, progress: float, ends_at: float | None, now: float
-    ) -> None:
-        """Record how far a running item is; nothing if that start is over."""
-        this = (_ITEMS.c.id == item_id) & (_ITEMS.c.launch == launch)
-        placed = _ITEMS.c.state.in_([state.value for state in PLACED_STATES])
-        columns: dict[str, Any] = {"progress": progress, "ends_at": ends_at}
+    def report(self, paces: Sequence[Pace], *, now: float) -> None:
+        """Record how far running items are, together; nothing for a start that is over."""
+        if not paces:
+            return
         with self._write() as connection:
-            connection.execute(sa.update(_ITEMS).where(this & placed), columns)
-            if progress > 0:
-                ahead = sa.update(_ITEMS).where(this & placed & (_ITEMS.c.num_lost > 0))
-                connection.execute(ahead, {"num_lost": 0})
+            report(connection, paces)
 
     def charge(self, item_ids: Collection[int], *, now: float) -> None:
         """Charge the owners of running items for the time since the last charge."""
         with self._write() as connection:
-            for item_id in item_ids:
-                charge(connection, one(connection, item_id, lock=True), now=now)
+            charge(connection, several(connection, item_ids), now=now)
 
     def end(
         self,
@@ -377,7 +387,7 @@ class QueueStore:
             item = one(connection, item_id, lock=True)
             if item.launch != launch or not item.is_placed:
                 return None
-            charge(connection, item, now=now if at is None else min(at, now))
+            charge(connection, [item], now=now if at is None else min(at, now))
             return leave_place(connection, item, to, note=note, was_lost=was_lost, now=now)
 
     def transition(

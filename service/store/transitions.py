@@ -12,7 +12,15 @@ from sqlalchemy.engine import Connection
 from autosft.profiles.errors import UserError
 from autosft.service.store import usage
 from autosft.service.store.item_rows import cell, item_from
-from autosft.service.values import OPEN_STATES, PLACED_STATES, QUEUED_STATES, Item, ItemState, Submission
+from autosft.service.values import (
+    OPEN_STATES,
+    PLACED_STATES,
+    QUEUED_STATES,
+    Item,
+    ItemState,
+    Pace,
+    Submission,
+)
 from autosft.studies.store import tables
 
 _ITEMS = tables.service_items
@@ -28,6 +36,12 @@ def one(connection: Connection, item_id: int, *, lock: bool = False) -> Item:
     if row is None:
         raise UserError(f"There is no item {item_id} in the queue.", remedy="autosft queue")
     return item_from(row)
+
+
+def several(connection: Connection, item_ids: Collection[int]) -> list[Item]:
+    """Return items, locked, without those that do not exist."""
+    query = sa.select(_ITEMS).where(_ITEMS.c.id.in_(item_ids)).order_by(_ITEMS.c.id).with_for_update()
+    return [item_from(row) for row in connection.execute(query).mappings()]
 
 
 def keyed(connection: Connection, submission: Submission, key: str | None) -> Item | None:
@@ -48,6 +62,8 @@ def keyed(connection: Connection, submission: Submission, key: str | None) -> It
 
 
 def require(connection: Connection, item_ids: Sequence[int]) -> None:
+    if not item_ids:
+        return
     known = set(connection.scalars(sa.select(_ITEMS.c.id).where(_ITEMS.c.id.in_(item_ids))))
     if missing := [str(item_id) for item_id in item_ids if item_id not in known]:
         raise UserError(f"There is no item {', '.join(missing)} to wait for.", remedy="autosft queue")
@@ -109,17 +125,43 @@ def leave_place(
         queued_at=now if to in QUEUED_STATES else item.queued_at,
         ended_at=None if to in OPEN_STATES else now,
         num_lost=item.num_lost + 1 if was_lost else item.num_lost,
+        progress=1.0 if to is ItemState.DONE else item.progress,
         note=note,
     )
 
 
-def charge(connection: Connection, item: Item, *, now: float) -> None:
-    if item.charged_until is None or item.place is None or now <= item.charged_until:
+def charge(connection: Connection, items: Sequence[Item], *, now: float) -> None:
+    """Charge the owners of placed items up to `now`, with a few statements however many there are."""
+    used_s = {
+        item.id: (now - item.charged_until) * item.place.rate
+        for item in items
+        if item.charged_until is not None and item.place is not None and now > item.charged_until
+    }
+    if not used_s:
         return
-    device_s = (now - item.charged_until) * item.place.rate
-    columns = {"device_s": item.device_s + device_s, "charged_until": now}
-    connection.execute(sa.update(_ITEMS).where(_ITEMS.c.id == item.id), columns)
-    usage.add(connection, item.owner, device_s, now=now)
+    charged = sa.update(_ITEMS).where(_ITEMS.c.id == sa.bindparam("item"))
+    charged = charged.values(device_s=_ITEMS.c.device_s + sa.bindparam("used_s"), charged_until=now)
+    connection.execute(charged, [{"item": item, "used_s": seconds} for item, seconds in used_s.items()])
+    by_owner: dict[str, float] = {}
+    for item in items:
+        by_owner[item.owner] = by_owner.get(item.owner, 0.0) + used_s.get(item.id, 0.0)
+    for owner, seconds in sorted(by_owner.items()):  # in one order: no two servers wait for each other
+        usage.add(connection, owner, seconds, now=now)
+
+
+def report(connection: Connection, paces: Sequence[Pace]) -> None:
+    """Record how far placed items are; nothing for a start that is over."""
+    # Not IN, whose values a statement for many rows cannot have.
+    placed = sa.or_(*(_ITEMS.c.state == state.value for state in PLACED_STATES))
+    this = (_ITEMS.c.id == sa.bindparam("item")) & (_ITEMS.c.launch == sa.bindparam("its_launch"))
+    columns = [
+        {"item": one.item, "its_launch": one.launch, "progress": one.progress, "ends_at": one.ends_at}
+        for one in paces
+    ]
+    ahead = [{"item": one.item, "its_launch": one.launch, "num_lost": 0} for one in paces if one.progress > 0]
+    connection.execute(sa.update(_ITEMS).where(this & placed), columns)
+    if ahead:  # progress ends a row of losses
+        connection.execute(sa.update(_ITEMS).where(this & placed & (_ITEMS.c.num_lost > 0)), ahead)
 
 
 def tell(connection: Connection, item: Item, *, now: float) -> None:

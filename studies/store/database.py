@@ -97,7 +97,8 @@ def connect(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
         return sa.create_engine(url, pool_pre_ping=True)  # replaces connections from before a restart
     _check_file(Path(url.database or ""))
-    engine = sa.create_engine(url, connect_args={"timeout": QUIET_S})
+    # All connections are kept: one that is opened for a moment and closed again costs more than a query.
+    engine = sa.create_engine(url, connect_args={"timeout": QUIET_S}, pool_size=15, max_overflow=0)
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _record: object) -> None:
@@ -233,6 +234,9 @@ def readable_errors(url: URL) -> Iterator[None]:
                 first_line = told.splitlines()[0] + _cause(url)
                 said = f"The study database {display(url)}: {first_line}."
                 raise DatabaseError(said, remedy=remedy) from error
+        if getattr(error, "connection_invalidated", False):  # a server ended it, in whatever words
+            said = f"The study database {display(url)}: {(told or 'connection lost').splitlines()[0]}."
+            raise DatabaseError(said, remedy=_RUN_AGAIN) from error
         raise
 
 
@@ -267,6 +271,7 @@ def readable_rows(url: URL) -> Iterator[None]:
         ) from error
 
 
+_RUN_AGAIN = "Check that the server runs, then run the same command again."
 _KNOWN_ERRORS = {
     "not a database": "Choose another file with --storage; this one is not a database.",
     "unsupported file format|file is encrypted": "It is damaged: choose another with --storage.",
@@ -280,9 +285,8 @@ _KNOWN_ERRORS = {
     "connection failed": "Check host, port and that the server runs.",
     "connection refused": "Check host, port and that the server runs.",
     "connection to server": "Check host, port, user and that the server runs.",
-    "the database system is|terminating connection|server closed the connection": "Check that the server "
-    "runs, then run the same command again.",
-    "the connection is closed": "Check that the server runs, then run the same command again.",
+    "the database system is|terminating connection|server closed the connection": _RUN_AGAIN,
+    "the connection is closed": _RUN_AGAIN,
     "password": "Check user and password.",
     '(database|role) ".*" does not exist': "Check the names of database and user.",
     "permission denied": "The user needs the right to create tables in this database.",

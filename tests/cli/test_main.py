@@ -343,3 +343,40 @@ def test_sigterm_repeated_stays_a_clean_stop():
 def test_before_trials_run_a_signal_interrupts(number):
     with pytest.raises(KeyboardInterrupt), StopSwitch(on_abort=lambda: None):
         signal.raise_signal(number)
+
+
+class Interrupted:
+    """Is interrupted where Python raises nothing further, as in the import system's callbacks."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self._number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self._number)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_that_python_loses_ends_the_program_all_the_same(number, monkeypatch):
+    codes: list[int] = []
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(stopping.os, "_exit", codes.append)
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_type))
+    with StopSwitch(on_abort=lambda: None):
+        Interrupted(number)
+    assert codes == [130]
+    Interrupted(signal.SIGINT)
+    assert told == [KeyboardInterrupt, KeyboardInterrupt], "the hook of before is back"
+
+
+def test_what_else_python_loses_ends_nothing(monkeypatch):
+    class Broken:
+        def __del__(self) -> None:
+            raise ValueError("lost")
+
+    told: list[type[BaseException]] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_type))
+    monkeypatch.setattr(stopping.os, "_exit", lambda code: pytest.fail("it has ended"))
+    with StopSwitch(on_abort=lambda: None):
+        Broken()
+    assert told == [ValueError]

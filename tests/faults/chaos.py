@@ -56,6 +56,7 @@ class Part(enum.Enum):
     RAYLET = "raylet"  #: Ray on a node
     NODE = "node"  #: a raylet and all that it has started: a machine, but the driver's
     HEAD = "head"  #: Ray's control store
+    DATABASE = "database"  #: what serves a driver in PostgreSQL; after SIGKILL its server starts over
     DRIVER = "driver"
     STARTING = "driver that starts"  #: before it has told of a run: it imports, or has just begun one
 
@@ -103,6 +104,7 @@ class Chaos:
     num_trials: int
     num_kills: int
     nodes: RayNodes | None = None  # a cluster; without one each driver starts its own Ray
+    postgres: int | None = None  # process id of the database's server, where it has one
     parts: tuple[Part, ...] = tuple(Part)
     niceness: int = 0  # of the drivers and all that they start
     tally: Tally = field(default_factory=Tally)  # may be that of many studies
@@ -283,6 +285,12 @@ def parts_of(chaos: Chaos, run_dir: Path) -> dict[Part, list[psutil.Process]]:
             if part is Part.RAYLET and chaos.nodes is not None and "--head" not in process.cmdline():
                 found[Part.NODE].append(process)
             chaos.segments |= segments_of(process)
+    if chaos.postgres is not None:
+        database = chaos.url.partition("?")[0].rpartition("/")[2]
+        for process in descendants(psutil.Process(chaos.postgres)):
+            with contextlib.suppress(psutil.Error):
+                if f" {database} " in " ".join(process.cmdline()):
+                    found[Part.DATABASE].append(process)
     return found
 
 

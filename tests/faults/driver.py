@@ -26,12 +26,14 @@ from autosft.scheduler.loop.tuning import run_study
 from autosft.studies.store.database import DatabaseError
 from autosft.studies.values import StudyInUseError
 from autosft.workers.processes.starters import WarmServer
+from autosft.workers.runners.local_runner import LocalRunner
 from benchmarks.empty_study import describe_study, taken_over
 from tests.faults import training
 
 STUDY = "faults"
 KEEP_BEST = 3
 NUM_EVALUATIONS = 4
+WITHOUT_RAY = "none"
 TRAIN = f"{training.__name__}:train"
 
 
@@ -65,6 +67,9 @@ def main() -> int:
 
 
 def drive(options: Options, stop: StopSwitch) -> None:
+    if options.address == WITHOUT_RAY:
+        drive_without_ray(options, stop)
+        return
     with ExitStack() as stack:
         imports = [training.__name__]
         if options.address is None:
@@ -98,6 +103,34 @@ def drive(options: Options, stop: StopSwitch) -> None:
             observe=lambda _: None,
             stop_requested=stop.requested,
             devices=devices,
+        )
+
+
+def drive_without_ray(options: Options, stop: StopSwitch) -> None:
+    """Run the trials below a warm server of this process: a driver that starts in a second."""
+    here = profile_hardware("cpu")
+    spec, run = describe_study(
+        options.num_trials,
+        options.folder,
+        here.devices,
+        name=options.study,
+        num_evaluations=NUM_EVALUATIONS,
+        keep_best=KEEP_BEST,
+    )
+    with ExitStack() as stack:
+        server = WarmServer(imports=[training.__name__])
+        stack.callback(server.close)
+        study = stack.enter_context(taken_over(options.url, spec))
+        runner = LocalRunner(server, function=TRAIN)
+        stack.callback(runner.close, grace_s=0.0)
+        stop.guard(runner)
+        run_study(
+            run,
+            records=study,
+            runner=runner,
+            leases=MachineLeases(Leases(options.folder / "leases")),
+            observe=lambda _: None,
+            stop_requested=stop.requested,
         )
 
 

@@ -31,6 +31,7 @@ from autosft.service.drivers import launch
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import TrialState
 from tests.faults import chaos as of_studies
+from tests.faults.driver import WITHOUT_RAY
 from tests.faults.holds import check_curve
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +85,7 @@ class Chaos:
     seed: int
     num_kills: int
     database: Database | None = None
+    has_ray: bool = False  # whether drivers start a Ray each
     tally: collections.Counter[Part] = field(default_factory=collections.Counter)  # may be that of many
     kills: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)  # of the studies that were submitted
@@ -93,8 +95,15 @@ class Chaos:
 
     @property
     def variables(self) -> dict[str, str]:
+        address = "" if self.has_ray else WITHOUT_RAY
         homes = {f"XDG_{name}_HOME": str(self.folder / name.lower()) for name in ("DATA", "CACHE")}
-        return {**homes, "PYTHONPATH": str(ROOT), "AUTOSFT_SERVER": "", "AUTOSFT_TOKEN": ""}
+        return {
+            **homes,
+            "PYTHONPATH": str(ROOT),
+            "AUTOSFT_SERVER": "",
+            "AUTOSFT_TOKEN": "",
+            "DRIVERS_ADDRESS": address,
+        }
 
 
 def torment(chaos: Chaos) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ def study_without_model(item: Item, _devices: Sequence[Device], settings: Settin
         "folder": str(folder),
         "num_trials": int(flags["--trials"]),
         "study": item.name,
+        "address": os.environ["DRIVERS_ADDRESS"] or None,
     }
     command = (sys.executable, "-m", "tests.faults.driver", json.dumps(options))
     return DriverCommand(argv=command, environment={"RAY_gcs_rpc_server_reconnect_timeout_s": "5"})

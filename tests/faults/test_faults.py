@@ -11,7 +11,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -44,15 +45,23 @@ def cluster() -> Iterator[RayNodes]:
         yield nodes
 
 
+@dataclass(frozen=True, slots=True)
+class Postgres:
+    """A PostgreSQL server."""
+
+    url_of: Callable[[str], str]  # of a database by name
+    pid: int
+
+
 @pytest.fixture(scope="module")
-def postgres() -> Iterator[str]:
-    """Give the URL of a PostgreSQL server, with NAME in the place of the database."""
+def postgres() -> Iterator[Postgres]:
+    """Give a PostgreSQL server with a database for each study."""
     pgserver = pytest.importorskip("pgserver", reason="the pgserver wheel, a PostgreSQL server, is missing")
     with tempfile.TemporaryDirectory(prefix="autosft-postgres-") as folder:
         server = pgserver.get_server(folder, cleanup_mode=None)
         for number in range(NUM_STUDIES):
-            server.psql(f"CREATE DATABASE study{number};")
-        yield server.get_uri(database="NAME")
+            server.psql(f"CREATE DATABASE study{number}; CREATE DATABASE load{number};")
+        yield Postgres(url_of=lambda name: str(server.get_uri(database=name)), pid=server.get_pid())
         pgserver.pg_ctl(["-m", "immediate", "stop"], pgdata=server.pgdata, user=server.system_user)
 
 
@@ -69,12 +78,11 @@ def tally() -> Iterator[Tally]:
 @pytest.mark.parametrize("number", range(NUM_STUDIES))
 def test_all_kills(number: int, tmp_path: Path, tally: Tally, request: pytest.FixtureRequest) -> None:
     """Alternate between SQLite and PostgreSQL, and between a driver's own Ray and a cluster of two nodes."""
-    url = f"sqlite:///{tmp_path / 'studies.db'}"
-    if number % 2:
-        url = str(request.getfixturevalue("postgres")).replace("NAME", f"study{number}")
+    server: Postgres | None = request.getfixturevalue("postgres") if number % 2 else None
     chaos = Chaos(
         seed=100 + number,
-        url=url,
+        url=server.url_of(f"study{number}") if server else f"sqlite:///{tmp_path / 'studies.db'}",
+        postgres=server and server.pid,
         folder=tmp_path,
         num_trials=40,
         num_kills=NUM_KILLS,
@@ -102,9 +110,11 @@ def test_kills_under_load(
     number: int, tmp_path: Path, tally: Tally, load: None, request: pytest.FixtureRequest
 ) -> None:
     """The same where everything takes three times as long, so that many kills fall into the start-up."""
+    server: Postgres | None = request.getfixturevalue("postgres") if number % 2 else None
     chaos = Chaos(
         seed=500 + number,
-        url=f"sqlite:///{tmp_path / 'studies.db'}",
+        url=server.url_of(f"load{number}") if server else f"sqlite:///{tmp_path / 'studies.db'}",
+        postgres=server and server.pid,
         folder=tmp_path,
         num_trials=20,
         num_kills=NUM_KILLS,

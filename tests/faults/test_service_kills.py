@@ -69,10 +69,11 @@ def test_a_sample_of_kills_over_http(tmp_path: Path) -> None:
 def test_all_kills_over_http(
     number: int, tmp_path: Path, tally: collections.Counter[Part], request: pytest.FixtureRequest
 ) -> None:
-    """Alternate between SQLite and PostgreSQL."""
+    """Alternate between SQLite and PostgreSQL; the last two have drivers with a Ray each."""
     database = request.getfixturevalue("postgres") if number % 2 else None
     url = f"sqlite:///{tmp_path}/s.db" if database is None else database.url
     chaos = Chaos(url, tmp_path, free_port(), seed=100 + number, num_kills=NUM_KILLS, database=database)
+    chaos.has_ray = number >= NUM_SERVICES - 2
     chaos.tally = tally
     started = time.monotonic()
     run(chaos)

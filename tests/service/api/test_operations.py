@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 
 from autosft.profiles.errors import UserError
-from autosft.service.api.context import Service
+from autosft.service.api.context import Answers, Service, asking, service_of
 from autosft.service.api.events import MAX_WAITING, Hub
+from autosft.service.api.operations import require_room
 from autosft.service.board import Board, DeviceUse
 from autosft.service.values import User
 from tests.service.api.fakes import ADA, BOB, FITS, GIB, NOW, ROOT, client, device, run, served, tokens
@@ -138,3 +140,26 @@ def test_a_plan_names_no_file_that_may_not_be_read(service: Service) -> None:
     service.planner.answers = lambda question: (_ for _ in ()).throw(UserError("no such card", remedy="A100"))
     answer = by.get("/fits", params={"model": "Llama-3.1-8B", "device": "/etc/passwd.json"})
     assert answer.json() == {"error": "no such card", "remedy": "A100"}
+
+
+def test_an_answer_is_made_once_for_each_picture_whoever_hangs_up() -> None:
+    made: list[int] = []
+
+    def make() -> str:
+        made.append(len(made))
+        return f"text {len(made)}"
+
+    async def ask() -> list[str]:
+        answers, board = Answers(), Board(at=NOW)
+        first = asyncio.ensure_future(answers.get(board, "list", make))
+        await asyncio.sleep(0)
+        first.cancel()
+        several = await asyncio.gather(*(answers.get(board, "list", make) for _ in range(3)))
+        return [*several, await answers.get(Board(at=NOW + 1), "list", make)]
+
+    assert asyncio.run(ask()) == ["text 1"] * 3 + ["text 2"]
+
+
+def test_who_asks_is_found_without_a_thread() -> None:
+    """A dependency that is a plain function costs each request a thread's turn."""
+    assert all(map(inspect.iscoroutinefunction, (asking, service_of, require_room)))

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import sqlalchemy as sa
 
 from autosft.profiles.errors import UserError
 from autosft.service.store.queue_store import ItemMovedError, QueueStore, open_queue
 from autosft.service.store.server_lease import ServedElsewhereError
-from autosft.service.values import OPEN_STATES, Item, ItemState, Usage
+from autosft.service.values import OPEN_STATES, Item, ItemState, Pace, Usage
 from tests.service.examples import demand, place, process, submission, way
 
 S = ItemState
@@ -262,6 +263,16 @@ def test_a_place_in_the_queue_is_given(queue: QueueStore) -> None:
     assert [ranks[i] for i in ids] == [0, None, None, 2, 1]
 
 
+def test_a_claim_whose_answer_was_lost_is_made_again(queue: QueueStore) -> None:
+    item, _ = queue.submit(submission(demand=demand()), now=1.0)
+    server = queue.take_over(process(9), now=1.0)
+    queue.book(item.id, place(), launch="one", generation=server, now=2.0)
+    first = queue.claim(item.id, launch="one", process=process(1), now=3.0)
+    assert first is not None
+    assert queue.claim(item.id, launch="one", process=process(1), now=4.0) == first
+    assert queue.claim(item.id, launch="one", process=process(2), now=4.0) is None
+
+
 def test_progress_clears_the_count_of_lost_drivers(queue: QueueStore) -> None:
     item = running(queue)
     queue.end(item.id, launch=item.launch, to=S.PREEMPTED, was_lost=True, now=1.0)
@@ -269,11 +280,38 @@ def test_progress_clears_the_count_of_lost_drivers(queue: QueueStore) -> None:
     generation = queue.take_over(process(), now=2.0)
     queue.book(item.id, place(), launch="two", generation=generation, now=2.0)
     queue.claim(item.id, launch="two", process=process(8), now=2.0)
-    queue.report(item.id, launch=item.launch, progress=0.9, ends_at=None, now=3.0)  # the first start's
+    queue.report([pace(item, item.launch, 0.9)], now=3.0)  # the first start's
     assert (queue.get(item.id).progress, queue.get(item.id).num_lost) == (0.0, 1)
-    queue.report(item.id, launch="two", progress=0.5, ends_at=99.0, now=3.0)
+    queue.report([pace(item, "two", 0.5, 99.0)], now=3.0)
     found = queue.get(item.id)
     assert (found.progress, found.ends_at, found.num_lost) == (0.5, 99.0, 0)
+
+
+@pytest.fixture
+def num_statements(queue: QueueStore) -> Iterator[list[str]]:
+    said: list[str] = []
+
+    def see(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        said.append(statement)
+
+    sa.event.listen(queue._engine, "before_cursor_execute", see)
+    yield said
+    sa.event.remove(queue._engine, "before_cursor_execute", see)
+
+
+def test_many_running_items_cost_a_few_statements(queue: QueueStore, num_statements: list[str]) -> None:
+    """The writer's lock is held meanwhile, and submissions wait for it."""
+    items = [running(queue, str(number)) for number in range(20)]
+    num_statements.clear()
+    queue.charge([item.id for item in items], now=50.0)
+    queue.report([pace(item, item.launch, 0.5) for item in items], now=50.0)
+    assert len([said for said in num_statements if not said.startswith("BEGIN")]) <= 6
+    assert {(item.device_s, item.progress) for item in queue.items()} == {(50.0, 0.5)}
+    assert queue.usage(now=50.0, half_life_s=1e9)["ann"].week_s == pytest.approx(20 * 50.0)
+
+
+def pace(item: Item, launch: str, share: float, ends_at: float | None = None) -> Pace:
+    return Pace(item=item.id, launch=launch, progress=share, ends_at=ends_at)
 
 
 def test_events_tell_every_transition_in_order(queue: QueueStore) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import sqlite3
 import tempfile
 import threading
@@ -11,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
@@ -108,6 +111,30 @@ def test_a_server_that_is_restarted_costs_a_study_nothing(own_server: Any) -> No
 
     try:
         goes_on(opened(records), restart)
+    finally:
+        records.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=lambda how: how.name)
+def test_a_server_that_is_lost_within_a_transaction_is_named_and_found_again(
+    own_server: Any, how: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a commit arrived is not known then, so nothing is repeated; the same command goes on."""
+    monkeypatch.setattr(database, "AWAY_S", 600.0)  # until it has recovered, on a busy machine
+    records = open_records(own_server.url)
+    engine = records._engine
+
+    def lose_within_a_transaction() -> None:
+        with database.readable_errors(engine.url), database.begin(engine) as connection:
+            os.kill(connection.scalar(sa.text("SELECT pg_backend_pid()")), how)
+            connection.execute(sa.text("SELECT pg_sleep(60)"))
+
+    try:
+        with pytest.raises(UserError, match=r"^The study database postgresql://") as said:
+            lose_within_a_transaction()
+        assert said.value.remedy == "Check that the server runs, then run the same command again."
+        goes_on(opened(records), lambda: None)
     finally:
         records.close()
 
