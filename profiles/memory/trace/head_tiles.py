@@ -48,24 +48,17 @@ class _CpuHead:
     def __init__(self, function: Any, *, in_few_sizes: bool, in_one_pass: bool) -> None:
         self._function, self._in_few_sizes, self._in_one_pass = function, in_few_sizes, in_one_pass
 
-    def apply(
-        self,
-        hidden: Any,
-        weight: Any,
-        bias: Any,
-        targets: Any,
-        temperature: float,
-        chunk_size: int,
-        softcap: float | None,
-        scale: float,
-        outputs: tuple[str, ...],
-    ) -> tuple[Any, ...]:
-        """Return log-probabilities, entropy, log_sum_sq_probs, mean_logits and is_top1, as asked for."""
+    def apply(self, hidden: Any, weight: Any, bias: Any, targets: Any, *others: Any) -> tuple[Any, ...]:
+        """Return log-probabilities, entropy, log_sum_sq_probs, mean_logits and is_top1, as asked for.
+
+        `others`, as trl passes them: temperature, width of tiles, soft cap, scale, outputs.
+        """
+        temperature, _, softcap, scale, outputs = others
         is_plain = self._in_one_pass and has_one_pass(
             hidden, weight, bias, temperature=temperature, softcap=softcap, outputs=outputs
         )
         if is_plain:
-            log_probs, entropy, is_top1 = OnePassHead.apply(hidden, weight, targets, scale)
+            log_probs, entropy, is_top1 = OnePassHead.apply(hidden, weight, targets, scale)  # type: ignore[no-untyped-call]
             return (
                 log_probs,
                 entropy if "entropy" in outputs else None,
@@ -73,7 +66,6 @@ class _CpuHead:
                 None,
                 is_top1 if "is_top1" in outputs else None,
             )
-        others = (temperature, chunk_size, softcap, scale, outputs)
         if not self._in_few_sizes:
             return self._function.apply(hidden, weight, bias, targets, *others)  # type: ignore[no-any-return]
         from torch.nn.functional import pad
