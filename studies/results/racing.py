@@ -52,5 +52,6 @@ def describe_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> str:
     wins = sum(mine and not other for mine, other in pairs)
     losses = sum(other and not mine for mine, other in pairs)
     p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
-    counts = f"{wins} prompts gained and {losses} lost of {len(pairs)} (sign test, p = {p:.2g})"
+    prompts = "prompt" if wins == 1 else "prompts"
+    counts = f"{wins} {prompts} gained and {losses} lost of {len(pairs)} (sign test, p = {p:.2g})"
     return f"a tie, {counts}" if p > 0.05 else counts

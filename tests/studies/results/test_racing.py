@@ -74,7 +74,7 @@ def test_the_first_prompts_being_easy_does_not_help_a_candidate_that_was_abandon
 
 def test_a_difference_is_a_tie_unless_the_prompts_say_otherwise() -> None:
     assert describe_difference([True] * 20, [False] * 20).startswith("20 prompts gained and 0 lost of 20")
-    assert describe_difference([True, False], [False, True]).startswith("a tie, 1 prompts gained and 1 lost")
+    assert describe_difference([True, False], [False, True]).startswith("a tie, 1 prompt gained and 1 lost")
     assert describe_difference([True] * 9, [True] * 9) == (
         "a tie, 0 prompts gained and 0 lost of 9 (sign test, p = 1)"
     )
