@@ -2,7 +2,8 @@
 # make test    install what the tests need and run them all
 # make quick   the tests that take no Ray and less than 2 s each: two minutes
 # make thorough  the rest of the long tables, of which make test runs a sample (a quarter of an hour)
-# make faults  kill every part of 20 studies, 220 times; 3,000 interleavings of faults; Slurm (an hour)
+# make faults  kill every part of 20 studies, 220 times, and of ten services, 200 times; 3,000 interleavings of faults;
+#              Slurm (two hours)
 # make fuzz    damage every kind of file that autosft reads, at random (two minutes)
 # make real    tune SmolLM2-135M-Instruct, which comes from the package index, and measure it (under an hour)
 # make lint    ruff, mypy, and the layer check, the last two against an installed copy

@@ -316,10 +316,7 @@ class QueueStore:
             )
 
     def claim(self, item_id: int, *, launch: str, process: Driver, now: float) -> Item | None:
-        """Take a start for this process, which then runs the item; None if it was taken or withdrawn.
-
-        May be called again, where the answer was lost.
-        """
+        """Take a start for this process, also again; None if it was withdrawn, or another process's."""
         with self._write() as connection:
             item = one(connection, item_id, lock=True)
             if (item.launch, item.process) == (launch, process):

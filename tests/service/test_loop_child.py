@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import queue
 import subprocess
 import sys
@@ -15,9 +16,10 @@ import pytest
 
 from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
-from autosft.service import loop_child
+from autosft.service import loop_child, loop_process
 from autosft.service.board import Board
 from autosft.service.loop_child import ALIVE_S, LoopChild, SchedulerDiedError
+from autosft.service.loop_process import ORPHANED, Work
 from autosft.service.store.queue_store import QueueStore, open_queue
 from autosft.service.store.server_lease import ServedElsewhereError
 from autosft.studies.values import Driver
@@ -140,6 +142,17 @@ def test_it_is_told_how_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 # The real one, over fakes
+
+
+@pytest.mark.parametrize(("said", "exits"), [(b"", [ORPHANED]), (b"keep\n", []), (b"checkpoint\n", [])])
+def test_the_end_of_its_input_is_its_own(
+    monkeypatch: pytest.MonkeyPatch, said: bytes, exits: list[int]
+) -> None:
+    """At once, whatever it does: it would decide beside the next server otherwise."""
+    found: list[int] = []
+    monkeypatch.setattr(loop_process.os, "_exit", found.append)
+    Work(None, None)._hear(io.BytesIO(said))  # type: ignore[arg-type]
+    assert found == exits
 
 
 @pytest.fixture

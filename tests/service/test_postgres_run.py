@@ -92,8 +92,7 @@ def test_a_database_that_is_away_loses_nothing(
         second = client.submit("tune", settings | {"epochs": 1}, name="second")["id"]
         with closing(open_records(postgres.url)) as records:
             house.until(lambda: records.find_study("first") is not None)
-            study = records.read_study("first")
-            house.until(lambda: any(trial.measurements for trial in study.trials()))
+            house.until(lambda: any(one.measurements for one in records.read_study("first").trials()))
         postgres.leave(how)
         left_at = time.monotonic()
         with ThreadPoolExecutor(max_workers=20) as several:  # who asks meanwhile waits, or is told

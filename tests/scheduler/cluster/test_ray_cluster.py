@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import InterruptedRunError, UserError
 from autosft.scheduler.cluster import ray_cluster as clusters
 from autosft.scheduler.cluster import watchdog
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent
@@ -301,3 +301,12 @@ def test_attempts_run_on_the_node_of_their_device(
 def test_a_wrong_address_is_refused_at_once(address: str, words: str) -> None:
     with pytest.raises(UserError, match=words), clusters.connect(address):
         pass
+
+
+def test_a_ray_that_fails_is_told_from_a_bug() -> None:
+    from ray.exceptions import RaySystemError
+
+    with pytest.raises(InterruptedRunError, match="Failed to connect to GCS"), clusters._interrupted():
+        raise RaySystemError("Failed to connect to GCS.\nmore")
+    with pytest.raises(KeyError), clusters._interrupted():
+        raise KeyError("ours")
