@@ -287,7 +287,7 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder / MANIFEST} is broken.", remedy=remedy) from error
     for name, (num_bytes, sha256) in sorted(expected.items()):
         path = folder / name
-        if not path.is_file():
+        if not _is_file_below(folder, name):
             raise UserError(f"{path} is missing.", remedy=remedy)
         if path.stat().st_size != num_bytes or _sha256(path) != sha256:
             raise UserError(f"{path} is not what was written: its sha256 differs.", remedy=remedy)
@@ -297,6 +297,16 @@ def verify_if_sealed(folder: Path) -> None:
     """Check a folder against its manifest, if it has one (other tools write none).  Raises UserError."""
     if (folder / MANIFEST).is_file():
         verify(folder)
+
+
+def _is_file_below(folder: Path, name: str) -> bool:
+    """Whether a name out of somebody's manifest is that of a file in its folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return False
+    try:
+        return (folder / name).is_file()
+    except OSError:  # a name that is too long
+        return False
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -15,7 +15,15 @@ from hypothesis import strategies as st
 
 from autosft.profiles.errors import UserError
 from autosft.studies.files import checkpoints
-from autosft.studies.files.checkpoints import checkpoint_dir, slug, to_remove, trial_dir
+from autosft.studies.files.checkpoints import (
+    MANIFEST,
+    checkpoint_dir,
+    seal,
+    slug,
+    to_remove,
+    trial_dir,
+    verify,
+)
 from autosft.studies.store.records import CheckpointRecord, Records
 from autosft.studies.trial import FailureKind, TrialRecord, TrialState
 from tests.studies.search.test_sampling import trial as made_trial
@@ -263,3 +271,17 @@ def test_the_manifest_lists_every_file(tmp_path: Path) -> None:
     checkpoints.install(write(tmp_path / "staging"), tmp_path / "step")
     files = json.loads((tmp_path / "step" / "manifest.json").read_text())["files"]
     assert set(files) == {"model.safetensors", "nested/config.json", "optimizer.pt"}
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "../outside", "{folder}/outside", "gone"])
+def test_a_manifest_that_names_no_file_of_its_folder_is_refused_in_words(tmp_path: Path, name: str) -> None:
+    (tmp_path / "outside").write_bytes(b"x")
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "checkpoint" / "weights").write_bytes(b"x")
+    seal(tmp_path / "checkpoint")
+    manifest = tmp_path / "checkpoint" / MANIFEST
+    files = json.loads(manifest.read_text())
+    files["files"] = {name.format(folder=tmp_path): files["files"]["weights"]}
+    manifest.write_text(json.dumps(files))
+    with pytest.raises(UserError, match="is missing"):
+        verify(tmp_path / "checkpoint")
