@@ -117,6 +117,8 @@ def read_rows(path: Path) -> dict[tuple[int, float], dict[str, Any]]:
     if not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for row in rows:
+        row["request"].setdefault("precision", "auto")  # rows from before it could be asked for
     return {(row["request"]["number"], row["share"]): row for row in rows}
 
 

@@ -362,10 +362,14 @@ def test_an_interruption_that_python_loses_ends_the_program_all_the_same(number,
     told: list[type[BaseException]] = []
     monkeypatch.setattr(stopping.os, "_exit", codes.append)
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: told.append(unraisable.exc_type))
-    with StopSwitch(on_abort=lambda: None):
-        Interrupted(number)
-    assert codes == [130]
-    Interrupted(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        with StopSwitch(on_abort=lambda: None):
+            Interrupted(number)
+        assert codes == [130]
+        Interrupted(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert told == [KeyboardInterrupt, KeyboardInterrupt], "the hook of before is back"
 
 

@@ -84,7 +84,8 @@ def test_best_yaml_trains_to_the_same_value(folder: Path, study: str) -> None:
     [*_, result] = run(
         folder, "train", str(path), "--output", str(folder / "again"), "--hardware", "cpu", "--json"
     )
-    assert result["value"] == pytest.approx(read_config(path).expected.final_value, rel=1e-3)
+    # To the rounding of another order of sums, over all steps: perplexities, so 2e-3 nats of the loss.
+    assert result["value"] == pytest.approx(read_config(path).expected.final_value, rel=2e-3)
     # What it leaves is a model for every tool that takes a folder.
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 

@@ -50,7 +50,7 @@ def test_a_machine_too_busy_for_ray_gets_more_time(
             cluster.wait_until_ready()
             assert cluster.address == "here:1"
         else:
-            with pytest.raises(UserError, match="too busy"):
+            with pytest.raises(InterruptedRunError, match="too busy"):
                 cluster.wait_until_ready()
     assert len(starts) == 3
 

@@ -160,7 +160,8 @@ def test_the_exported_scripts_learn_what_the_study_learned(
     train(ours, reports.append, lambda: None)
     expected = {report.step: report.loss for report in reports if report.loss is not None}
     assert len(expected) == NUM_STEPS
-    for tool, tolerance in (("script", 0.0), ("transformers", 1e-5)):
+    # Ours makes the head's gradients in one pass on a CPU, so that the last bit may differ.
+    for tool, tolerance in (("script", 2e-6), ("transformers", 1e-5)):
         folder = export_for_tool(found, tool, tmp_path / tool, launcher="python").folder
         runpy.run_path(str(folder / "train.py"), run_name="__main__")
         state = json.loads((folder / "output" / "trainer_state.json").read_text())

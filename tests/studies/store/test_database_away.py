@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from sqlalchemy.exc import OperationalError
 
 from autosft.profiles.errors import UserError
 from autosft.studies.store import database
-from autosft.studies.store.records import open_records
+from autosft.studies.store.records import Records, open_records
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrialState
 from tests.studies.study_examples import end, evaluation, opened, start
@@ -134,9 +135,19 @@ def test_a_server_that_is_lost_within_a_transaction_is_named_and_found_again(
         with pytest.raises(UserError, match=r"^The study database postgresql://") as said:
             lose_within_a_transaction()
         assert said.value.remedy == "Check that the server runs, then run the same command again."
-        goes_on(opened(records), lambda: None)
+        goes_on(opened_again(records), lambda: None)
     finally:
         records.close()
+
+
+def opened_again(records: Records) -> StudyRecords:
+    """Give the same command until the server has recovered: until then it closes what it accepts."""
+    for _ in range(600):
+        try:
+            return opened(records)
+        except UserError:
+            time.sleep(0.1)
+    pytest.fail("the server has not recovered within a minute")
 
 
 def test_a_file_that_another_program_has_locked_is_waited_for(
