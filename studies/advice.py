@@ -21,6 +21,10 @@ MIN_REPORTS = 15
 MIN_SHARE = 0.3
 #: Minimum relative fall of the loss in a run that learns (in guide 1 it fell by 12 to 24 %).
 MIN_FALL = 0.02
+#: A relative fall over the whole run that nobody would call none: while it is possible, nothing is said.
+CLEAR_FALL = 0.1
+#: Standard errors of the fall that are allowed for: more than the usual two, since every report asks again.
+NUM_ERRORS = 2.5
 #: Minimum relative rise of the evaluation loss over its minimum, over two evaluations.
 MIN_RISE = 0.01
 #: Gradient norms of a steady run stay within this factor of their median (guide 1: 0.7 to 1.0).
@@ -89,16 +93,23 @@ def training_losses(reports: Sequence[Measurement]) -> list[tuple[int, float]]:
 
 
 def loss_not_falling(reports: Sequence[Measurement]) -> str:
-    """Compare the first fifth of the losses with the last; a fall within two standard errors is noise."""
+    """Compare the first third of the losses with the last; said only where noise cannot hide a clear fall.
+
+    A loss that fell within its first steps and stayed there has fallen.
+    """
     losses = training_losses(reports)
     if len(losses) < MIN_REPORTS or losses[-1][0] - losses[0][0] < MIN_SHARE * reports[-1].num_steps:
         return ""
-    fifth = max(3, len(losses) // 5)
-    first, last = ([loss for _, loss in part] for part in (losses[:fifth], losses[-fifth:]))
-    before, now = statistics.median(first), statistics.median(last)  # a spike is no trend
-    error = math.sqrt((spread(first) ** 2 + spread(last) ** 2) / fifth)
-    fall = before - now
-    if fall > max(MIN_FALL * abs(before), 0.0) and fall > 2 * error:
+    values = [loss for _, loss in losses]
+    third = len(values) // 3
+    # A spike is no trend, so medians.
+    before, now = statistics.median(values[:third]), statistics.median(values[-third:])
+    fall, error = before - now, error_of_fall(values, num_each=third)
+    # What falls slowly may still have far to fall: at this pace, between the middles of the thirds.
+    share = (losses[-third // 2][0] - losses[third // 2][0]) / reports[-1].num_steps
+    if fall > MIN_FALL * abs(before) or fall + NUM_ERRORS * error > CLEAR_FALL * abs(before) * share:
+        return ""
+    if statistics.median(values[:3]) - now > CLEAR_FALL * abs(before):
         return ""
     return (
         f"the training loss is not falling: {before:.3g} at the start, {now:.3g} now, step {losses[-1][0]} "
@@ -107,10 +118,14 @@ def loss_not_falling(reports: Sequence[Measurement]) -> str:
     )
 
 
-def spread(values: Sequence[float]) -> float:
-    """Return the standard deviation of normal noise by the median absolute deviation: no spike counts."""
-    middle = statistics.median(values)
-    return 1.4826 * statistics.median(abs(value - middle) for value in values)
+def error_of_fall(values: Sequence[float], *, num_each: int) -> float:
+    """Return the standard error of the difference of two medians of `num_each` values, for normal noise.
+
+    The noise is estimated from the differences of neighbours: neither a trend nor a spike counts.
+    """
+    differences = [abs(after - before) for before, after in pairwise(values)]
+    noise = 1.4826 * statistics.median(differences) / math.sqrt(2)
+    return math.sqrt(math.pi / 2) * noise * math.sqrt(2 / num_each)
 
 
 def overfitting(reports: Sequence[Measurement]) -> str:
