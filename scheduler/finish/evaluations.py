@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from autosft.profiles.hardware.device import DeviceProfile
-from autosft.profiles.units import duration
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
+from autosft.profiles.recipe import Method, Sharding
+from autosft.profiles.units import duration, gib
 from autosft.scheduler.events import Note, Observer, Waiting
 from autosft.scheduler.study_run import Lease, Slots
-from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
+from autosft.studies.trial import AttemptEnd, ExecutionPlan, Measurement, StopReason, TrialJob
 
 if TYPE_CHECKING:
     from autosft.scheduler.setup.open_study import OpenStudy
@@ -26,11 +27,10 @@ MAX_WAIT_S = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One evaluation as a job, on no device yet."""
+    """One evaluation as a job, on no device yet: planned for one device, of which it leases what it books."""
 
     job: TrialJob
     name: str  # for the user: "trial 3 step 20"
-    need_bytes: int  # leased of its device
     keep: Callable[[Measurement], None]  # called once with its metrics
     skipped: str  # what its absence is called: "Not evaluated again"
     after: str  # what is said while it waits for a device: "The best checkpoints are evaluated after that."
@@ -86,15 +86,18 @@ def start(queue: Queue) -> None:
             return
         lease = study.leases.acquire(
             slots.device,
-            evaluation.need_bytes,
+            job.plan.booked_bytes,
             num_threads=job.plan.num_threads,
             study=job.study,
             trial=job.trial,
             until=study.runner.now() + 60.0,
         )
         if lease is None:
-            if not queue.running:
-                wait_or_skip(queue, slots.device)
+            if queue.running:
+                return
+            if make_do(queue, slots.device):
+                continue
+            wait_or_skip(queue, slots.device)
             return
         queue.waiting_since = None
         queue.waiting.pop(0)
@@ -110,6 +113,44 @@ def free_slots(queue: Queue, job: TrialJob) -> Slots | None:
 
     alike = [slots for slots in queue.study.run.slots if slots.device.name == job.plan.device_name]
     return next((slots for slots in alike if num_used(slots) < slots.num_slots), None)
+
+
+def on_one_device(plan: ExecutionPlan) -> ExecutionPlan:
+    """Return a trial's plan for one device alone, which holds what the shards of all ranks took."""
+    num_parts = plan.data_parallel if plan.sharding is Sharding.FSDP else 1
+    alone = replace(plan, data_parallel=1, sharding=Sharding.NONE)
+    return booking(alone, plan.booked_bytes * num_parts)
+
+
+def booking(plan: ExecutionPlan, num_bytes: int) -> ExecutionPlan:
+    """Return a plan capped so that it books so many bytes of its device."""
+    return replace(plan, memory_cap_bytes=num_bytes - plan.estimate.outside_bytes)
+
+
+def make_do(queue: Queue, device: DeviceProfile) -> bool:
+    """Use less of a device, or skip and say why, where it never has what is booked; return whether so.
+
+    What is booked was taken by training, in which evaluating needs only a part of it: to be tried where the
+    weights fit.
+    """
+    evaluation, study = queue.waiting[0], queue.study
+    plan = evaluation.job.plan
+    most = min(study.leases.most_bytes(device), usable_bytes(device))
+    if plan.booked_bytes <= most:
+        return False
+    weights = study.model.num_parameters * study.run.pinned.precision.weight_bytes
+    if evaluation.job.settings.method is Method.QLORA:
+        weights //= 4
+    if weights + plan.estimate.outside_bytes >= most:
+        skip_waiting(
+            queue,
+            f"It is done on one device, which has to hold the {gib(weights)} of the whole model's weights; "
+            f"{device.name} has {gib(most)} for it.",
+        )
+    else:
+        job = replace(evaluation.job, plan=booking(plan, most))
+        queue.waiting[0] = replace(evaluation, job=job)
+    return True
 
 
 def wait_or_skip(queue: Queue, device: DeviceProfile) -> None:

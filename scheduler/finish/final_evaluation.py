@@ -7,15 +7,13 @@ which needs more.  Checkpoints that were evaluated on these examples before are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autosft.profiles.recipe import Sharding
 from autosft.scheduler.decide.history import pinned_for
 from autosft.scheduler.decide.self_measuring import capped_at_peak
 from autosft.scheduler.events import Note, Observer
-from autosft.scheduler.finish.evaluations import Evaluation, run_evaluations
+from autosft.scheduler.finish.evaluations import Evaluation, on_one_device, run_evaluations
 from autosft.studies.files.checkpoints import ranked, score_path, trial_dir, trial_url
 from autosft.studies.files.remote import is_url
 from autosft.studies.files.study_folder import bring_here
@@ -70,7 +68,6 @@ def evaluation_of(study: OpenStudy, checkpoint: CheckpointRecord, number: int) -
     return Evaluation(
         job=job,
         name=f"trial {checkpoint.trial} step {checkpoint.step}",
-        need_bytes=need_bytes(study, job),
         skipped="Not evaluated again",
         after="The best checkpoints are evaluated after that.",
         keep=lambda event: study.records.add_scores(scores_of(study, checkpoint, event)),
@@ -91,7 +88,7 @@ def job_for(study: OpenStudy, checkpoint: CheckpointRecord, number: int) -> Tria
         output_dir=str(trial_dir(run.output_dir, trial.number) / FINAL),
         settings=trial.settings,
         pinned=pinned_for(run.pinned, plan),
-        plan=replace(plan, data_parallel=1, sharding=Sharding.NONE),
+        plan=on_one_device(plan),
         device_uuids=(),
         resume_from=checkpoint.path,
         save_resume_state=False,
@@ -107,14 +104,6 @@ def score_file(study: OpenStudy, checkpoint: CheckpointRecord) -> Path:
         return score_path(Path(checkpoint.path))
     name = checkpoint.path.rpartition("/")[2]
     return trial_dir(study.run.output_dir, checkpoint.trial) / FINAL / f"{name}.json"
-
-
-def need_bytes(study: OpenStudy, job: TrialJob) -> int:
-    """Return what a job leases: what its training took of a device, or of all its devices if it was split."""
-    plan = study.records.trial(job.trial).plan
-    assert plan is not None
-    num_parts = plan.data_parallel if plan.sharding is Sharding.FSDP else 1
-    return job.plan.booked_bytes * num_parts
 
 
 def scores_of(study: OpenStudy, checkpoint: CheckpointRecord, event: Measurement) -> list[CheckpointScore]:

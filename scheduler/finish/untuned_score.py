@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from autosft.profiles.recipe import Sharding
 from autosft.scheduler.decide.history import pinned_for
 from autosft.scheduler.events import NewBest, Note, Observer, StudyEvent, TrialMeasured, UntunedScored
-from autosft.scheduler.finish.evaluations import Evaluation, run_evaluations
+from autosft.scheduler.finish.evaluations import Evaluation, on_one_device, run_evaluations
 from autosft.studies.files.checkpoints import untuned_dir, untuned_url
 from autosft.studies.files.study_folder import bring_here
 from autosft.studies.results.over_untuned import difference_between
@@ -48,7 +47,6 @@ def score_untuned(study: OpenStudy, *, observe: Observer, stop_requested: Callab
     evaluation = Evaluation(
         job=job,
         name="the untuned model",
-        need_bytes=job.plan.booked_bytes,
         skipped="Not scored",
         keep=keep,
         after="The untuned model is scored after that.",
@@ -74,7 +72,7 @@ def untuned_job(study: OpenStudy) -> TrialJob:
         output_dir=str(untuned_dir(run.output_dir)),
         settings=study.default.settings,
         pinned=pinned_for(run.pinned, plan),
-        plan=replace(plan, data_parallel=1, sharding=Sharding.NONE),
+        plan=on_one_device(plan),
         device_uuids=(),
         resume_from=None,
         save_resume_state=False,

@@ -25,6 +25,7 @@ def open_study(tmp_path: Path, records: Any, script: Script = ONE, *, refusals: 
     plan = dataclasses.replace(PLAN, device_name=run.slots[0].device.name)
     return SimpleNamespace(
         run=run,
+        model=SimpleNamespace(num_parameters=1000),
         records=records,
         runner=FakeRunner(lambda _: script),
         leases=FakeLeases(num_refusals=refusals),

@@ -12,9 +12,10 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.hardware.leases import Leases
+from autosft.profiles.recipe import Sharding
 from autosft.scheduler.events import Note, Waiting
 from autosft.scheduler.finish import evaluations
-from autosft.scheduler.finish.evaluations import Evaluation, Queue
+from autosft.scheduler.finish.evaluations import Evaluation, Queue, on_one_device
 from autosft.scheduler.loop import leasing
 from autosft.scheduler.study_run import Slots
 from autosft.scheduler.train import attempt
@@ -102,6 +103,7 @@ class Clock:
     def __init__(self) -> None:
         self.time = 0.0
         self.started: list[TrialJob] = []
+        self.told: list[Any] = []
 
     def now(self) -> float:
         return self.time
@@ -124,6 +126,27 @@ class Held(FakeLeases):
         return self.is_ours and self.clock.time < self.until
 
 
+def queue_of(scored: TrialJob, leases: Any, clock: Clock, *, total_bytes: int, weights: int) -> Queue:
+    """Return a queue of one evaluation, for a study with one device like the one that it is planned for."""
+    device = dataclasses.replace(
+        DEVICE, name=scored.plan.device_name, total_bytes=total_bytes, free_bytes=total_bytes
+    )
+    study = SimpleNamespace(
+        runner=clock,
+        leases=leases,
+        model=SimpleNamespace(num_parameters=weights // scored.pinned.precision.weight_bytes),
+        run=SimpleNamespace(slots=(Slots(device=device, num_slots=1, num_threads=1),), pinned=scored.pinned),
+    )
+    evaluation = Evaluation(
+        job=scored,
+        name="trial 0 step 8",
+        keep=lambda _: None,
+        skipped="Not evaluated again",
+        after="It is evaluated after that.",
+    )
+    return Queue(study=study, observe=clock.told.append, waiting=[evaluation], told_at=0.0)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("until", "is_ours", "is_scored"),
     [(40.0, True, True), (4000.0, True, True), (40.0, False, True), (4000.0, False, False)],
@@ -131,25 +154,37 @@ class Held(FakeLeases):
 )
 def test_final_scores_wait_for_the_device(until: float, is_ours: bool, is_scored: bool) -> None:
     clock = Clock()
-    scored = dataclasses.replace(make_job(), device_uuids=())
-    device = dataclasses.replace(DEVICE, name=scored.plan.device_name)
-    study = SimpleNamespace(
-        runner=clock,
-        leases=Held(clock, until=until, is_ours=is_ours),
-        run=SimpleNamespace(slots=(Slots(device=device, num_slots=1, num_threads=1),)),
-    )
-    told: list[Any] = []
-    evaluation = Evaluation(
-        job=scored,
-        name="trial 0 step 8",
-        need_bytes=GIB,
-        keep=lambda _: None,
-        skipped="Not evaluated again",
-        after="It is evaluated after that.",
-    )
-    queue = Queue(study=study, observe=told.append, waiting=[evaluation], told_at=0.0)  # type: ignore[arg-type]
+    held = Held(clock, until=until, is_ours=is_ours)
+    queue = queue_of(job(GIB), held, clock, total_bytes=24 * GIB, weights=GIB // 2)
     while queue.waiting:
         evaluations.start(queue)
         clock.time += 10.0
     assert bool(clock.started) == is_scored
-    assert [type(event) for event in told] == ([Waiting] if is_scored else [Waiting, Note])
+    assert [type(event) for event in clock.told] == ([Waiting] if is_scored else [Waiting, Note])
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "booked"),
+    [(24, 1, 8), (6, 1, 6), (6, 4, 6), (6, 7, None)],
+    ids=["room for all", "less than training took", "little more than the weights", "less than the weights"],
+)
+def test_a_device_that_never_has_what_training_took_is_not_waited_for(
+    total: int, weights: int, booked: int | None
+) -> None:
+    """A gang has shards on two devices, 4 GiB each with a context; the whole model is evaluated on one."""
+    clock = Clock()
+    made = job(3 * GIB)
+    gang = dataclasses.replace(made.plan, data_parallel=2, sharding=Sharding.FSDP)
+    alone = dataclasses.replace(made, plan=on_one_device(gang))
+    assert (alone.plan.booked_bytes, alone.plan.data_parallel) == (8 * GIB, 1)
+    leases = FakeLeases(most=total * GIB)
+    queue = queue_of(alone, leases, clock, total_bytes=total * GIB, weights=weights * GIB)
+    evaluations.start(queue)
+    assert queue.waiting == []
+    if booked is None:
+        [said] = clock.told
+        assert "has to hold the 7.0 GiB of the whole model's weights" in said.message
+        assert clock.started == []
+    else:
+        assert [started.plan.booked_bytes for started in clock.started] == [booked * GIB]
+        assert clock.told == []
