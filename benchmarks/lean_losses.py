@@ -21,6 +21,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ class Way:
 #: fp32 first: what the others are compared with.
 WAYS = {
     "fp32": Way(Precision.FP32, "adamw_torch_fused"),
+    "bf16 autocast": Way(Precision.BF16_AUTOCAST, "adamw_torch_fused"),
     "bf16 to nearest": Way(Precision.BF16, "adamw_torch_fused"),
     "bf16 compensated (Kahan)": Way(Precision.BF16, "stable_adamw"),
     "lean": Way(Precision.BF16_STOCHASTIC, "adamw_torch_8bit"),
@@ -168,7 +170,9 @@ def tuned(base: LlamaForCausalLM, words: Words, name: str, task: str, seed: int,
     for _ in range(NUM_STEPS):
         given = take(examples, BATCH_SIZE)
         began = time.process_time()
-        model(**given).loss.backward()
+        with arithmetic_of(way):
+            loss = model(**given).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         spent += time.process_time() - began
@@ -176,6 +180,13 @@ def tuned(base: LlamaForCausalLM, words: Words, name: str, task: str, seed: int,
         optimizer.zero_grad()
     return Row(way=name, task=task, seed=seed, rate=rate, untuned_loss=untuned_loss,
                loss=loss_of(model, held_out), step_ms=1000 * spent / NUM_STEPS)  # fmt: skip
+
+
+def arithmetic_of(way: Way) -> AbstractContextManager[Any]:
+    """Return autocast where a way keeps its weights in fp32 and multiplies in bf16."""
+    if way.precision is Precision.BF16_AUTOCAST:
+        return torch.autocast("cpu", torch.bfloat16)
+    return nullcontext()
 
 
 @torch.no_grad()

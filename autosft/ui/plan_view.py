@@ -17,8 +17,9 @@ from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.memory_ways import EXACT
 from autosft.profiles.model.adapters import describe_adapter, describe_start
 from autosft.profiles.optimizers import OPTIMIZERS
-from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Precision, Sharding
+from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
+from autosft.scheduler.decide.cpu_precision import why_in_bf16
 from autosft.scheduler.decide.measured_memory import MEASURED
 from autosft.scheduler.decide.planner import describe_guess, not_followed
 from autosft.scheduler.plan.forecast import Way
@@ -211,12 +212,9 @@ def describe_largest(plan: MethodPlan) -> str:
 
 
 def bf16_lines(plan: MethodPlan) -> Iterator[str]:
-    """Offer bf16 where a CPU would be faster in it: it changes numerics, so that it has to be asked for."""
+    """Say why a CPU trains in bf16, and how not to."""
     if plan.speedup_in_bf16 is not None:
-        yield (
-            f"This CPU multiplies bf16 in hardware: --precision {Precision.BF16_AUTOCAST.value} is predicted "
-            f"to be {plan.speedup_in_bf16:.1f} times as fast; losses hardly differ (docs/training.md)."
-        )
+        yield why_in_bf16(plan.speedup_in_bf16)
 
 
 def refusal(plan: MethodPlan, device: DeviceProfile) -> Iterator[RenderableType]:

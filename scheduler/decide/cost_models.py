@@ -197,17 +197,30 @@ class Models:
         self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile, num_threads: int
     ) -> ThroughputEstimate:
         """Predict the seconds of an optimizer step on this data's lengths, corrected by earlier trials."""
-        cold = predict_step_s(
+        cold = self.uncorrected_step(recipe, micro_batch, seq_len, device, num_threads=num_threads)
+        ratio = self.speed_ratio(recipe, device, num_threads)
+        return cold if ratio is None else like_measured(cold, ratio)
+
+    def uncorrected_step(
+        self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile, *, num_threads: int
+    ) -> ThroughputEstimate:
+        """Predict the seconds of an optimizer step on this data's lengths by the device's rates alone."""
+        rows = self.rows(seq_len, recipe.max_rounds, recipe.precision, device)
+        step = predict_step_s(
             self.model,
             recipe,
             micro_batch,
-            self.rows(seq_len, recipe.max_rounds, recipe.precision, device),
+            rows,
             device,
             num_threads=num_threads,
             plain_head=recipe.has_full_logits,
         )
-        ratio = self.speed_ratio(recipe, device, num_threads)
-        return cold if ratio is None else like_measured(cold, ratio)
+        given = self.lengths(seq_len, recipe.max_rounds)
+        if rows is given:
+            return step
+        # What rows are padded to is no work that anybody asked for.
+        real = sum(given.lengths) / sum(rows.lengths)
+        return replace(step, tokens_per_s=real * step.tokens_per_s)
 
     def speed_ratio(self, recipe: StepRecipe, device: DeviceProfile, num_threads: int) -> float | None:
         """Return the speed of similar trials over the uncorrected prediction; None if there were none."""

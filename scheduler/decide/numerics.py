@@ -39,8 +39,9 @@ def pin(
 def pin_precision(device: DeviceProfile, method: Method) -> Precision:
     """Choose the study's precision for its weakest device.
 
-    CPU: fp32.  GPUs: fp32 weights under autocast, since pure 16-bit weights lose small updates; adapters
-    over frozen 16-bit weights.  bf16 where the device has it, else fp16 with a loss scaler.
+    CPU: fp32, unless `cpu_precision` finds bf16 worthwhile.  GPUs: fp32 weights under autocast, since pure
+    16-bit weights lose small updates; adapters over frozen 16-bit weights.  bf16 where the device has it,
+    else fp16 with a loss scaler.
     """
     if not device.kind.traits.trains_in_16_bit:
         return Precision.FP32
@@ -84,15 +85,13 @@ def has_tf32(device: DeviceProfile) -> bool:
 def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None) -> str | None:
     """Return the precision that a device does not support; None if it does."""
     precision = asked or pinned.precision
-    in_16_bit = device.kind.traits.trains_in_16_bit
-    # A CPU may have bf16; what its kernels allocate besides tensors is not predicted, and runs fail at the
-    # cap.
+    has_loss_scaler = device.kind.traits.has_loss_scaler
     is_able = {
-        Precision.BF16: in_16_bit and device.supports_bf16,
-        Precision.BF16_STOCHASTIC: in_16_bit and device.supports_bf16,
-        Precision.BF16_AUTOCAST: in_16_bit and device.supports_bf16,
-        Precision.FP16_AUTOCAST: in_16_bit,
-        Precision.FP16: in_16_bit,
+        Precision.BF16: device.supports_bf16,
+        Precision.BF16_STOCHASTIC: device.supports_bf16,
+        Precision.BF16_AUTOCAST: device.supports_bf16,
+        Precision.FP16_AUTOCAST: has_loss_scaler,
+        Precision.FP16: has_loss_scaler,
         Precision.FP32: True,
     }
     return None if is_able[precision] else str(precision.value)

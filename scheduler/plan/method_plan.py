@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
-from autosft.profiles.memory.host_kernels import is_known
 from autosft.profiles.memory_ways import EXACT, MemoryWay
 from autosft.profiles.recipe import (
     Checkpointing,
@@ -18,11 +17,11 @@ from autosft.profiles.recipe import (
     Precision,
 )
 from autosft.profiles.speed.step_work import num_trained, saved_bytes
+from autosft.scheduler.decide.cpu_precision import speedup_in_bf16
 from autosft.scheduler.decide.measured_memory import rests_on_trials
 from autosft.scheduler.decide.planner import (
     WORTHWHILE_SPEEDUP,
     Room,
-    recipe_for,
 )
 from autosft.scheduler.decide.self_measuring import Measuring, plan_to_measure
 from autosft.scheduler.plan.forecast import (
@@ -36,8 +35,6 @@ from autosft.scheduler.plan.forecast import (
 from autosft.scheduler.plan.remedies import Remedy, cards, remedies
 from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
-#: How many times as fast bf16 has to be on a CPU to be offered.
-WORTHWHILE_BF16 = 1.2
 #: Numbers of devices that are compared.
 NUMS_DEVICES = (1, 2, 4)
 #: Numbers of devices that a trial may take together, below all that there are.
@@ -63,8 +60,7 @@ class MethodPlan:
     by_num_devices: tuple[tuple[int, Way | None], ...]  # the fastest that fits; None if none does
     remedies: tuple[Remedy, ...]  # empty if something fits
     together: Way | None = None  # on the fewest of several devices at hand, if there are several
-    #: A CPU that multiplies bf16 in hardware: how many times as fast bf16 autocast is predicted to be; None
-    #: where that is not worthwhile, or another precision was asked for.
+    #: Over fp32, predicted, of a CPU that trains in bf16 autocast by default.
     speedup_in_bf16: float | None = None
 
     @property
@@ -99,28 +95,34 @@ def plan_method(
     if way.optimizer is not None:
         settings = replace(settings, optimizer=way.optimizer)
         forecast = forecast.in_precision(way.precision)
-    plan = plan_with_threads(settings, device, forecast, at_hand)
-    if plan.chosen is not None:
-        settled = forecast.settled(device, plan.chosen.memory.total_bytes)
-        plan = plan if settled is forecast else plan_with_threads(settings, device, settled, at_hand)
-        plan = with_bf16_offered(plan, device, settled)
+    plan = plan_in_bf16(settings, device, forecast, at_hand) or plan_settled(
+        settings, device, forecast, at_hand
+    )
     return plan if way is EXACT else replace(plan, memory=way.name)
 
 
-def with_bf16_offered(plan: MethodPlan, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
-    """Return the plan with how many times as fast its way is in bf16 autocast, by a CPU's measured rates."""
-    way, in_bf16 = plan.chosen, Precision.BF16_AUTOCAST
-    has_choice = forecast.precision is None and plan.precision is Precision.FP32
-    if way is None or not has_choice or device.bf16_flops_per_s is None:
+def plan_in_bf16(
+    settings: TrainingSettings, device: DeviceProfile, forecast: Forecast, at_hand: int
+) -> MethodPlan | None:
+    """Return the plan of a study on a CPU that multiplies in bf16 by default; None where it does not."""
+    if forecast.precision is not None or device.kind.traits.trains_in_16_bit:
+        return None
+    ratio = speedup_in_bf16(forecast.models, settings, forecast.pinned(settings, device), device)
+    if ratio is None:
+        return None
+    plan = plan_settled(settings, device, forecast.in_precision(Precision.BF16_AUTOCAST), at_hand)
+    return None if plan.chosen is None else replace(plan, speedup_in_bf16=ratio)
+
+
+def plan_settled(
+    settings: TrainingSettings, device: DeviceProfile, forecast: Forecast, at_hand: int
+) -> MethodPlan:
+    """Return a plan with the threads that a study would give each trial of its size."""
+    plan = plan_with_threads(settings, device, forecast, at_hand)
+    if plan.chosen is None:
         return plan
-    pinned = forecast.in_precision(in_bf16).pinned(plan.settings, device)
-    recipe = recipe_for(plan.settings, pinned, way.checkpointing, way.gradient_accumulation)
-    if not is_known(forecast.model, recipe):
-        return plan
-    seq_len = plan.settings.seq_len
-    step = forecast.models.step(recipe, way.micro_batch, seq_len, device, forecast.num_threads)
-    ratio = step.tokens_per_s / way.tokens_per_s
-    return replace(plan, speedup_in_bf16=ratio) if ratio >= WORTHWHILE_BF16 else plan
+    settled = forecast.settled(device, plan.chosen.memory.total_bytes)
+    return plan if settled is forecast else plan_with_threads(settings, device, settled, at_hand)
 
 
 def nums_compared(device: DeviceProfile, at_hand: int) -> tuple[int, ...]:

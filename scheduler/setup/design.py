@@ -23,6 +23,8 @@ from autosft.profiles.optimizers import require_optimizer
 from autosft.profiles.recipe import Method, RunTime, adapter_kind
 from autosft.scheduler.decide import numerics, planner
 from autosft.scheduler.decide.budget import Budget, plan_budget
+from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.cpu_precision import in_bf16, speedup_in_bf16
 from autosft.scheduler.decide.measured_memory import MAX_EVAL_MICRO_BATCH
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.decide.search_space import fixed_settings, lengths_of, study_space
@@ -56,6 +58,7 @@ class Basis:
     way: MemoryWay  # of holding what is trained
     settings: TrainingSettings  # the default configuration
     plan: ExecutionPlan  # of the default configuration, on the device with the least memory
+    speedup_in_bf16: float | None = None  # over fp32, predicted, of a CPU that trains in bf16 by default
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,10 +135,38 @@ def basis_on(request: TuneRequest, facts: StudyFacts, choice: DeviceChoice) -> B
     require_trainable(facts.model, choice.method, space, fixed)
     pinned = pinned_settings(request, facts, choice, space=space, settings=settings)
     require_optimizers(space, pinned, choice)
-    plan = plan_default(settings, pinned, choice, facts.models.costs)
-    eval_micro_batch = min(MAX_EVAL_MICRO_BATCH, plan.micro_batch)
-    pinned = replace(pinned, eval_micro_batch=eval_micro_batch)
-    return Basis(space=space, fixed=fixed, pinned=pinned, way=choice.way, settings=settings, plan=plan)
+    fast = None
+    if request.precision == "auto":
+        fast = default_in_bf16(settings, pinned, choice, facts.models)
+    speedup, pinned, plan = fast or (None, pinned, plan_default(settings, pinned, choice, facts.models.costs))
+    return Basis(
+        space=space,
+        fixed=fixed,
+        pinned=replace(pinned, eval_micro_batch=min(MAX_EVAL_MICRO_BATCH, plan.micro_batch)),
+        way=choice.way,
+        settings=settings,
+        plan=plan,
+        speedup_in_bf16=speedup,
+    )
+
+
+def default_in_bf16(
+    settings: TrainingSettings, pinned: PinnedSettings, choice: DeviceChoice, models: Models
+) -> tuple[float, PinnedSettings, ExecutionPlan] | None:
+    """Return speedup, numerics and default plan of a study on CPUs that train in bf16 autocast by default.
+
+    None where fp32 is the default, or where it alone fits.
+    """
+    ratios = [speedup_in_bf16(models, settings, pinned, device) for device in choice.devices]
+    known = [ratio for ratio in ratios if ratio is not None]
+    if not known or len(known) < len(ratios):
+        return None
+    faster = in_bf16(pinned)
+    try:
+        plan = plan_default(settings, faster, choice, models.costs)
+    except planner.DoesNotFitError:
+        return None
+    return None if plan.measures_itself else (min(known), faster, plan)
 
 
 def held(request: TuneRequest, way: MemoryWay) -> TuneRequest:

@@ -59,7 +59,12 @@ from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.setup.plan_summary import plan_summary
 from autosft.scheduler.setup.prompt_set import PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
-from autosft.scheduler.setup.recorded_numerics import as_recorded, former_defaults, with_recorded_way
+from autosft.scheduler.setup.recorded_numerics import (
+    as_recorded,
+    former_defaults,
+    with_recorded_precision,
+    with_recorded_way,
+)
 from autosft.scheduler.setup.recorded_rates import recorded_rates, with_dimensions
 from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
 from autosft.scheduler.setup.template_date import dated, known_dates
@@ -282,6 +287,9 @@ def plan_study(
         resumed = as_recorded(request, facts, design, earlier, observe)
         if resumed is not request:
             request, design = resumed, design_study(with_dimensions(resumed, rates), facts)
+        kept = with_recorded_precision(request, design, observe)
+        if kept is not request:
+            design = design_study(with_dimensions(kept, rates), facts)
     except DoesNotFitError as error:
         raise too_little_memory(error, models) from error
     return PlannedStudy(

@@ -17,6 +17,7 @@ from autosft.profiles.speed.step_work import num_trained
 from autosft.profiles.units import gib
 from autosft.profiles.user_code import load
 from autosft.profiles.user_trainer import overrides
+from autosft.scheduler.decide.cpu_precision import why_in_bf16
 from autosft.scheduler.decide.measured_memory import MEASURED
 from autosft.scheduler.decide.planner import recipe_for
 from autosft.scheduler.decide.self_measuring import describe_memory
@@ -55,6 +56,7 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
         method_line(basis, model, request),
         *filter(None, [describe_start(settings.adapter)]),
         *own_code_lines(pinned),
+        *precision_lines(basis),
         *held_lines(basis, request),
         f"Memory: {memory_line(basis.plan)}",
         plan_line(basis),
@@ -99,6 +101,12 @@ def method_line(basis: Basis, model: ModelProfile, request: TuneRequest) -> str:
         f"{pinned.precision.value}, length {settings.seq_len}, "
         f"{settings.num_train_examples:,} examples in a full run ({request.epochs:g} epochs)."
     )
+
+
+def precision_lines(basis: Basis) -> Iterator[str]:
+    """Say why a CPU trains in bf16, and how not to."""
+    if basis.speedup_in_bf16 is not None:
+        yield f"Precision: {why_in_bf16(basis.speedup_in_bf16)}"
 
 
 def held_lines(basis: Basis, request: TuneRequest) -> Iterator[str]:

@@ -18,6 +18,7 @@ from autosft.scheduler.setup.facts import StudyFacts
 from autosft.scheduler.setup.template_date import is_there
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.dimensions import Fixed
+from autosft.studies.store.database import default_storage_url
 from autosft.studies.store.records import open_records
 
 
@@ -51,6 +52,23 @@ def with_recorded_way(request: TuneRequest, storage_url: str) -> TuneRequest:
     way = next((way for key, way in held.items() if key == (precision, space["optimizer"])), EXACT)
     method = str(space["method"].start())
     return request.model_copy(update={"memory": way.name, "method": method})
+
+
+def with_recorded_precision(request: TuneRequest, design: Design, observe: Observer) -> TuneRequest:
+    """Return a request for the precision of the study that it resumes, else the request.
+
+    Where none is asked for, the default depends on the version of autosft and on the rates of this CPU.
+    """
+    storage_url = request.storage or default_storage_url()
+    if request.precision != "auto" or not is_there(storage_url):
+        return request
+    with closing(open_records(storage_url)) as records:
+        spec = records.find_study(design.name)
+    if spec is None or spec.pinned.precision is design.basis.pinned.precision:
+        return request
+    precision = spec.pinned.precision.value
+    observe(Note(message=f"Study {design.name} keeps --precision {precision}, with which it was begun."))
+    return request.model_copy(update={"precision": precision, "study": design.name})
 
 
 def as_recorded(

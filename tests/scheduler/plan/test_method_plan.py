@@ -6,7 +6,6 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,7 +43,6 @@ from autosft.scheduler.plan.method_plan import (
     ways_worth_weighing,
 )
 from autosft.studies.trial import TrainingSettings
-from autosft.ui.plan_view import bf16_lines
 from tests.plans import memory_estimate
 from tests.profiles.memory.models import config_json
 from tests.scheduler.devices import gpu
@@ -450,49 +448,3 @@ def test_a_larger_budget_never_removes_a_way(
         if first is not None:
             assert second is not None
             assert second.tokens_per_s * planner.WORTHWHILE_SPEEDUP >= first.tokens_per_s
-
-
-@pytest.mark.parametrize(
-    ("bf16_flops_per_s", "asked", "is_offered"),
-    [
-        (None, None, False),  # not measured, or without the instructions
-        (1e12, None, True),
-        (1e11, None, False),  # no faster
-        (1e12, Precision.FP32, False),  # the user has chosen
-    ],
-)
-def test_bf16_is_offered_where_a_cpu_is_faster_in_it(
-    bf16_flops_per_s: float | None, asked: Precision | None, is_offered: bool, forecast: Forecast
-) -> None:
-    rates = {"matmul_flops_per_s": 1e11, "memory_bytes_per_s": 1e11, "reused_bytes_per_s": 1e11}
-    host = replace(gpu(), kind=DeviceKind.CPU, num_cores=1, free_bytes=8 << 30, total_bytes=8 << 30)
-    host = replace(host, rates_measured=True, bf16_flops_per_s=bf16_flops_per_s, **rates)
-    asking = forecast if asked is None else forecast.in_precision(asked)
-    plan = plan_method(wanted(forecast), host, asking)
-    assert plan.precision is Precision.FP32
-    assert (plan.speedup_in_bf16 is not None) is is_offered
-    shown = " ".join(bf16_lines(plan))
-    assert ("--precision bf16-autocast" in shown) is is_offered
-
-
-@pytest.mark.parametrize(("total_gib", "expected"), [(1, [1]), (20, [1, 4]), (30, [1, 8])])
-def test_a_cpu_is_planned_with_the_threads_that_a_study_gives_a_trial(
-    total_gib: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Eight cores and 48 GiB: trials of 20 GiB run two at once with four threads each."""
-    asked: list[int] = []
-
-    def plan(_settings: object, _device: DeviceProfile, forecast: Any, _at_hand: int) -> Any:
-        asked.append(forecast.num_threads)
-        memory = SimpleNamespace(total_bytes=total_gib << 30)
-        return SimpleNamespace(chosen=SimpleNamespace(memory=memory))
-
-    monkeypatch.setattr(method_plan, "plan_with_threads", plan)
-    monkeypatch.setattr(method_plan, "with_bf16_offered", lambda plan, *_: plan)
-    made = Forecast(SimpleNamespace(model=None))  # type: ignore[arg-type]
-    host = replace(gpu(), kind=DeviceKind.CPU, num_cores=8, free_bytes=48 << 30, total_bytes=48 << 30)
-    plan_method(None, host, made)  # type: ignore[arg-type]
-    assert asked == expected
-    asked.clear()
-    plan_method(None, gpu(), made)  # type: ignore[arg-type]
-    assert asked == [1]

@@ -67,7 +67,7 @@ def laptop() -> DeviceProfile:
 
 def cpu() -> DeviceProfile:
     return replace(
-        gpu(), kind=DeviceKind.CPU, name="A CPU", compute_capability=None, supports_bf16=True, num_cores=8
+        gpu(), kind=DeviceKind.CPU, name="A CPU", compute_capability=None, supports_bf16=False, num_cores=8
     )
 
 
@@ -111,6 +111,12 @@ def test_the_first_device_that_fits_is_taken() -> None:
     small = replace(gpu(0, free_bytes=3 * GIB), name="small")
     made = replan(config(), [small, gpu(1)], StubModels(), precision=None)  # type: ignore[arg-type]
     assert made.devices[0].uuid == "GPU-1"
+
+
+def test_a_cpu_with_bf16_instructions_trains_in_the_precision_of_the_file() -> None:
+    able = replace(cpu(), supports_bf16=True)
+    made = replan(config(), [able], StubModels(), precision=None)  # type: ignore[arg-type]
+    assert made.pinned.precision is Precision.BF16_AUTOCAST
 
 
 def test_another_precision_is_never_taken_without_being_asked_for() -> None:
