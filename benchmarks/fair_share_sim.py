@@ -38,8 +38,8 @@ from simulated_cluster import (
     summary_ms,
 )
 from simulated_queue import MemoryQueue
+from waiting_bound import Watched
 
-from autosft.service.decide.situation import Policy
 from autosft.service.store.queue_store import QueueStore, open_queue
 
 
@@ -101,19 +101,20 @@ def arrivals(
         replay.step(min(until, next_at))
 
 
-def waiting(seed: int) -> dict[str, Any]:
+def waiting(seed: int, *, num_gpus: int = 32, until: float = 4 * DAY_S) -> dict[str, Any]:
     """Four days at 95 % of what the devices can do, a third of the items of a higher priority."""
-    cluster = Cluster(MemoryQueue(), devices(32))
-    replay = Replay(cluster.queue, cluster)
+    cluster = Cluster(MemoryQueue(), devices(num_gpus))
+    replay = Watched(cluster.queue, cluster)
     draw = Draw(random.Random(seed), ("80 GB",))
-    arrivals(replay, draw, load=0.95, until=4 * DAY_S, urgent=0.33)
-    waits = cluster.queue.waits(now=cluster.now)
-    longest_s = max(work.seconds for work in cluster.work.values())
+    arrivals(replay, draw, load=0.95, until=until, urgent=0.33)
+    waits, promises = cluster.queue.waits(now=cluster.now), replay.promises
     return {
         "num_items": len(cluster.work),
         "median_h": statistics.median(waits) / HOUR_S,
         "longest_h": max(waits) / HOUR_S,
-        "bound_h": (Policy().max_wait_s + longest_s) / HOUR_S,
+        "num_overdue": len(promises.until),
+        "largest_share_of_bound": max(promises.shares, default=0.0),
+        "num_beyond_bound": promises.num_broken(cluster.now),
         "num_preempted": cluster.queue.num_preempted,
         **summary_ms(replay.decisions_ms),
     }

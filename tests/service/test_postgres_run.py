@@ -98,7 +98,7 @@ def test_a_database_that_is_away_loses_nothing(
         with ThreadPoolExecutor(max_workers=20) as several:  # who asks meanwhile waits, or is told
             asked = [several.submit(told, house.client, first) for _ in range(20)]
             sent = several.submit(
-                lambda: client.submit("tune", settings | {"epochs": 1}, name="third", key="sent meanwhile")
+                lambda: client.submit("tune", settings | {"epochs": 1}, name="third", key="sent-meanwhile")
             )
             house.until(lambda: said_away(house) or time.monotonic() - left_at > 10)
             if away_s:
@@ -108,7 +108,7 @@ def test_a_database_that_is_away_loses_nothing(
             assert not [one for one in said if "bug in autosft" in one or "There is no item" in one], said
             answer = sent.exception() or sent.result()
         assert "bug in autosft" not in str(answer)
-        again = client.submit("tune", settings | {"epochs": 1}, name="third", key="sent meanwhile")
+        again = client.submit("tune", settings | {"epochs": 1}, name="third", key="sent-meanwhile")
         assert isinstance(answer, UserError) or answer["id"] == again["id"]
         ids = [first, second, again["id"]]
         house.until(lambda: all(client.item(each)["state"] in ("done", "failed") for each in ids))
