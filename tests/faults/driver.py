@@ -28,7 +28,7 @@ from autosft.studies.values import StudyInUseError
 from autosft.workers.processes.starters import WarmServer
 from autosft.workers.runners.local_runner import LocalRunner
 from benchmarks.empty_study import describe_study, taken_over
-from tests.faults import training
+from tests.faults import ran_once, training
 
 STUDY = "faults"
 KEEP_BEST = 3
@@ -44,11 +44,14 @@ class Options:
     num_trials: int
     address: str | None = None  # of a cluster; a local one is started if not given
     study: str = STUDY
+    is_of_queue: bool = False  # an item of a server, so that no other process may run it meanwhile
 
 
 def main() -> int:
     given = json.loads(sys.argv[1])
     options = Options(**(given | {"folder": Path(given["folder"])}))
+    if options.is_of_queue:
+        ran_once.note(options.folder)
     try:
         with StopSwitch(on_abort=lambda: None) as stop:
             drive(options, stop)

@@ -31,6 +31,7 @@ from autosft.service.drivers import launch
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import TrialState
 from tests.faults import chaos as of_studies
+from tests.faults import ran_once
 from tests.faults.driver import WITHOUT_RAY
 from tests.faults.holds import check_curve
 
@@ -90,6 +91,7 @@ class Chaos:
     kills: list[str] = field(default_factory=list)
     names: list[str] = field(default_factory=list)  # of the studies that were submitted
     ids: dict[str, int] = field(default_factory=dict)  # of their items, by key
+    num_processes: int = 0  # that have run an item, once all is over
     given_up: list[int] = field(default_factory=list)  # items whose driver was killed three times in a row
     server: subprocess.Popen[bytes] | None = None
 
@@ -310,6 +312,7 @@ def check(chaos: Chaos) -> None:
     until(chaos, lambda: not processes(chaos))
     records = open_records(chaos.url)
     for name in chaos.names:
+        chaos.num_processes += ran_once.check(chaos.folder / "outputs" / name)
         study = records.read_study(name)
         trials = study.trials()
         assert [trial.number for trial in trials] == list(range(len(trials)))

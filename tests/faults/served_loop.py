@@ -23,6 +23,7 @@ def study_without_model(item: Item, _devices: Sequence[Device], settings: Settin
         "num_trials": int(flags["--trials"]),
         "study": item.name,
         "address": os.environ["DRIVERS_ADDRESS"] or None,
+        "is_of_queue": True,
     }
     command = (sys.executable, "-m", "tests.faults.driver", json.dumps(options))
     return DriverCommand(argv=command, environment={"RAY_gcs_rpc_server_reconnect_timeout_s": "5"})
