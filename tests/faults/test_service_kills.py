@@ -65,7 +65,7 @@ def test_a_sample_of_kills_over_http(tmp_path: Path) -> None:
 
 
 @pytest.mark.faults
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(2200)
 @pytest.mark.parametrize("number", range(NUM_SERVICES))
 def test_all_kills_over_http(
     number: int, tmp_path: Path, tally: collections.Counter[Part], request: pytest.FixtureRequest
