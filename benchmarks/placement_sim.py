@@ -24,11 +24,11 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
-from autosft.scheduler.decide.occupancy import DeviceState, Option, Resident
+from autosft.scheduler.decide.occupancy import DeviceState, Option, Resident, device_state
 from autosft.scheduler.decide.placement import (
     Placement,
     Request,
@@ -141,7 +141,7 @@ def make_cluster(kinds: Sequence[str], num_gpus: int) -> list[DeviceState]:
         of_node += [kind] * round(num_nodes * KINDS[kind][2] / total)
     of_node = (of_node + [kinds[0]] * num_nodes)[:num_nodes]
     return [
-        DeviceState(
+        device_state(
             device=gpu(index, index // GPUS_PER_NODE, kind),
             kind=kind,
             usable_bytes=KINDS[kind][0],
@@ -291,11 +291,11 @@ class Replay:
                 job.version += 1
                 # Predicted from what is left, wrong by as much as before.
                 error = job.option.run_s / job.trial.run_s[job.option.kind]
-                job.resident = replace(job.resident, ends_at=self.now + job.left_s * factor * error)
+                job.resident = job.resident._replace(ends_at=self.now + job.left_s * factor * error)
                 heapq.heappush(
                     self.ends, (self.now + job.left_s * factor, job.trial.request.trial, job.version)
                 )
-            self.states[uuid] = replace(state, residents=tuple(item.resident for item in here))
+            self.states[uuid] = state.with_residents(tuple(item.resident for item in here))
             assert self.states[uuid].free_bytes >= 0, f"{uuid} is overbooked"
 
 

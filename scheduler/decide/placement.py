@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 
 from autosft.scheduler.decide.occupancy import (
@@ -35,17 +36,18 @@ MAX_BACKFILL = 100
 MAX_LOOKS_AHEAD = 5
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots, for what is cached
 class Request:
     """A waiting trial."""
 
     trial: int
     options: tuple[Option, ...]
     priority: int = 0  # lowest first
-    order: tuple[int, int, float, int] = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "order", order(self))
+    @cached_property
+    def order(self) -> tuple[int, int, float, int]:
+        """What a study's trials are sorted by; a queue has an order of its own."""
+        return order(self)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,8 @@ class Filling:
     """Trials that are offered one after the other, in the order of a queue: each starts if it can.
 
     As `place` called again and again, at the cost of one pass: the first trial that cannot start reserves
-    devices, and up to `max_behind` behind it are tried.  What starts is added to `kinds`.
+    devices, and up to `max_behind` behind it are tried.  What starts is added to `kinds`, from which nothing
+    may be taken before the last offer.
     """
 
     def __init__(self, kinds: dict[str, Kind], *, now: float, max_behind: int = MAX_BACKFILL) -> None:
@@ -110,6 +113,7 @@ class Filling:
         self.first_waiting: Request | None = None  # of those that can ever start
         self.reserved: Reservation | None = None  # for it
         self._left = max_behind
+        self._in_vain = InVain()
 
     @property
     def is_over(self) -> bool:
@@ -120,7 +124,7 @@ class Filling:
         """Start a trial if it delays nobody before it; return where, None if it has to wait."""
         if self.is_over:
             return None
-        found = _start_now(request, self.kinds, self.reserved, self.now)
+        found = _start_now(request, self.kinds, self.reserved, self.now, self._in_vain)
         if found is not None:
             occupy(self.kinds, request.options[found.option], found)
             return found
@@ -186,16 +190,55 @@ def cluster_s(options: Iterable[Option], num_by_kind: Mapping[str, int]) -> floa
 # Starting now
 
 
+class InVain:
+    """Options that have found no room while devices only fill: what needs no less finds none either.
+
+    More bytes and a longer run have no more devices to choose from.  Nor has more load: a device on which it
+    pays also pays with less (`sharing.pays`), nor does it pay on one because others have joined.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int, bool, bool], list[tuple[int, float, float]]] = {}
+
+    def covers(self, option: Option, kind: Kind) -> bool:
+        """Whether an option is known to find no room."""
+        num_bytes, load, run_s = option.num_bytes, option.load, option.run_s
+        for bytes_, load_, run_s_ in self._seen.get(self._key(option, kind), ()):
+            if bytes_ <= num_bytes and load_ <= load and run_s_ <= run_s:
+                return True
+        return False
+
+    def add(self, option: Option, kind: Kind) -> None:
+        """Record that an option has found no room."""
+        needs = option.num_bytes, option.load, option.run_s
+        self._seen.setdefault(self._key(option, kind), []).append(needs)
+
+    @staticmethod
+    def _key(option: Option, kind: Kind) -> tuple[str, int, bool, bool]:
+        """Return what has to be equal: a gang too large for any node may go over several, unlike others."""
+        is_gang = option.num_devices > 1
+        return option.kind, option.num_devices, option.is_alone, is_gang and fits_a_node(option, kind)
+
+
 def _start_now(
-    request: Request, kinds: dict[str, Kind], reserved: Reservation | None, now: float
+    request: Request,
+    kinds: dict[str, Kind],
+    reserved: Reservation | None,
+    now: float,
+    in_vain: InVain | None = None,
 ) -> Placement | None:
     """Return the placement that ends soonest; in a tie, the one with the fewest devices."""
-    found = [
-        Placement(trial=request.trial, option=position, device_uuids=uuids, ends_at=ends_at)
-        for position, option in enumerate(request.options)
-        if (kind := kinds.get(option.kind)) is not None
-        for uuids, ends_at in _ways(option, kind, reserved, now)
-    ]
+    found: list[Placement] = []
+    for position, option in enumerate(request.options):
+        kind = kinds.get(option.kind)
+        if kind is None or (in_vain is not None and in_vain.covers(option, kind)):
+            continue
+        way = _way(option, kind, reserved, now)
+        if way is not None:
+            uuids, ends_at = way
+            found.append(Placement(trial=request.trial, option=position, device_uuids=uuids, ends_at=ends_at))
+        elif in_vain is not None:
+            in_vain.add(option, kind)
     return min(
         found,
         key=lambda placement: (placement.ends_at, len(placement.device_uuids), placement.device_uuids),
@@ -203,21 +246,17 @@ def _start_now(
     )
 
 
-def _ways(
+def _way(
     option: Option, kind: Kind, reserved: Reservation | None, now: float
-) -> Iterator[tuple[tuple[str, ...], float]]:
+) -> tuple[tuple[str, ...], float] | None:
     if option.num_bytes > kind.most_free_bytes:
-        return
+        return None
     if option.num_devices == 1:
-        single = _single(option, kind, reserved, now)
-        if single is not None:
-            yield single
-        return
+        return _single(option, kind, reserved, now)
     ends_at = now + option.run_s
     held = frozenset() if reserved is None or ends_at <= reserved.starts_at else reserved.device_uuids
     gang = _gang(option, kind, [state for state in kind.empty if state.device.uuid not in held])
-    if gang:
-        yield tuple(state.device.uuid for state in gang), ends_at
+    return (tuple(state.device.uuid for state in gang), ends_at) if gang else None
 
 
 def _single(

@@ -8,7 +8,7 @@ from dataclasses import replace
 from autosft.profiles.hardware.device import usable_bytes
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.history import pinned_for
-from autosft.scheduler.decide.occupancy import DeviceState, Resident
+from autosft.scheduler.decide.occupancy import DeviceState, Resident, device_state
 from autosft.scheduler.decide.placement import (
     Placement,
     Request,
@@ -177,7 +177,7 @@ def device_states(loop: Loop) -> list[DeviceState]:
             if uuid in residents:  # the device may have left
                 residents[uuid].append(resident)
     return [
-        DeviceState(
+        device_state(
             device=slots.device,
             kind=loop.fleet.group_of[uuid],
             usable_bytes=usable_bytes(slots.device),
@@ -207,7 +207,7 @@ def start(loop: Loop, trial: TrialRecord, planned: TrialPlan, placement: Placeme
         RunningAttempt(
             job=job,
             leases=leases,
-            option=replace(planned.option, num_bytes=plan.booked_bytes),
+            option=planned.option._replace(num_bytes=plan.booked_bytes),
             ends_at=placement.ends_at,
             speed_correction=planned.speed_correction,
         ),

@@ -166,7 +166,7 @@ def corrected(planned: TrialPlan, ratio: float, *, share_left: float) -> TrialPl
         speed_correction=before.speed_correction * ratio,
     )
     run_s = plan.predicted_duration_s * max(0.0, share_left)
-    return TrialPlan(plan=plan, option=replace(planned.option, run_s=run_s), speed_correction=ratio)
+    return TrialPlan(plan=plan, option=planned.option._replace(run_s=run_s), speed_correction=ratio)
 
 
 # If no plan fits

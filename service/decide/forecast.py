@@ -178,7 +178,7 @@ def _reckon(queue: Queue, course: _Course, changed: int, before: float) -> None:
         if one.trial != changed:
             at = course.now + max(0.0, one.ends_at - course.now) * ratio
             course.plan_end(one.trial, at)
-            one = replace(one, ends_at=at)  # noqa: PLW2901
+            one = one._replace(ends_at=at)  # noqa: PLW2901
         residents.append(one)
     queue.kinds[kind].change(uuid, tuple(residents))
 

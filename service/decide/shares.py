@@ -12,6 +12,7 @@ import enum
 import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from operator import attrgetter
 
 from autosft.service.decide.situation import HOUR_S, Situation, remaining_s
 from autosft.service.values import Item, ItemState
@@ -75,7 +76,7 @@ def block_of(item: Item, situation: Situation) -> Block | None:
         return Block.NOT_PLANNED
     if item.not_before is not None and situation.now < item.not_before:
         return Block.NOT_BEFORE
-    if any(situation.ended.get(other) is not ItemState.DONE for other in item.after):
+    if item.after and any(situation.ended.get(other) is not ItemState.DONE for other in item.after):
         return Block.AFTER
     return None
 
@@ -96,8 +97,9 @@ def quota_block(item: Item, standing: Standing, situation: Situation) -> Block |
 
 def is_overdue(item: Item, now: float, max_wait_s: float) -> bool:
     """Whether an item has waited so long that nothing submitted later goes before it."""
-    waits_since = max(item.queued_at, item.not_before or item.queued_at)
-    return now - waits_since >= max_wait_s
+    if now - item.queued_at < max_wait_s:  # as of nearly all: a decision asks this of thousands
+        return False
+    return item.not_before is None or now - item.not_before >= max_wait_s
 
 
 def in_order(items: Iterable[Item], standing_of: dict[str, Standing], situation: Situation) -> Iterator[Item]:
@@ -121,7 +123,7 @@ def in_order(items: Iterable[Item], standing_of: dict[str, Standing], situation:
     for priority in sorted(by_priority, reverse=True):
         queues = by_priority[priority]
         for queue in queues.values():
-            queue.sort(key=lambda item: item.id, reverse=True)
+            queue.sort(key=attrgetter("id"), reverse=True)
         heap = [(standing_of[owner].key, owner) for owner in queues]
         heapq.heapify(heap)
         while heap:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from autosft.scheduler.decide.occupancy import DeviceState, Kind, Option, Resident, by_kind
+from autosft.scheduler.decide.occupancy import Kind, Option, Resident, by_kind, device_state
 from autosft.scheduler.decide.placement import Request
 from autosft.service.values import Device, Item, ItemState, Usage, User, Way
 
@@ -77,20 +77,19 @@ def occupied(
     """Return the devices with the items that are placed on them, except some; `ends` are predicted."""
     residents: dict[str, list[Resident]] = {}
     for item in situation.items:
-        if item.place is None or item.id not in ends or item.id in without:
+        place = item.place
+        if place is None or item.id not in ends or item.id in without:
             continue
         way = way_of(item)
-        there = Resident(
-            num_bytes=item.place.bytes_each,
-            load=way.load,
-            ends_at=ends[item.id],
-            is_alone=way.width > 1 or not shares(item, way),
-            trial=item.id,
-        )
-        for uuid in item.place.device_uuids:
-            residents.setdefault(uuid, []).append(there)
+        is_alone = way.width > 1 or not shares(item, way)
+        there = Resident(place.bytes_each, way.load, ends[item.id], is_alone, item.id)
+        for uuid in place.device_uuids:
+            if uuid in residents:
+                residents[uuid].append(there)
+            else:
+                residents[uuid] = [there]
     return by_kind(
-        DeviceState(
+        device_state(
             device=device,
             kind=device.kind,
             usable_bytes=device.usable_bytes,
@@ -111,16 +110,18 @@ def request_for(item: Item, *, max_width: int) -> Request:
     """Return an item as a placement sees it, with the ways that need at most so many devices."""
     assert item.demand is not None
     options = tuple(
-        Option(
-            kind=way.kind,
-            num_devices=way.width,
-            num_bytes=way.bytes_each,
-            load=way.load,
-            run_s=remaining_s(item, way),
-            is_alone=not shares(item, way),
-        )
-        for way in item.demand.ways
-        if way.width <= max_width
+        [
+            Option(
+                way.kind,
+                way.width,
+                way.bytes_each,
+                way.load,
+                remaining_s(item, way),
+                not shares(item, way),
+            )
+            for way in item.demand.ways
+            if way.width <= max_width
+        ]
     )
     return Request(trial=item.id, options=options)
 

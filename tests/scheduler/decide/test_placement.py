@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosft.scheduler.decide.occupancy import DeviceState, Option, Resident
+from autosft.scheduler.decide.occupancy import DeviceState, Option, Resident, device_state
 from autosft.scheduler.decide.placement import (
     Placement,
     Request,
@@ -31,7 +31,7 @@ def state(
     max_trials: int = 4,
     overhead: float = 1.1,
 ) -> DeviceState:
-    return DeviceState(
+    return device_state(
         device=replace(gpu(index), node=node, link_bytes_per_s=link),
         kind=kind,
         usable_bytes=int(free_gib * GIB),
@@ -181,7 +181,7 @@ def test_place(case: Case) -> None:
 
 
 def can_ever_start(request: Request, devices: Sequence[DeviceState]) -> bool:
-    return place([request], [replace(device, residents=()) for device in devices], now=NOW) is not None
+    return place([request], [device.with_residents(()) for device in devices], now=NOW) is not None
 
 
 # Properties
@@ -212,7 +212,7 @@ def placed(request: Request, found: Placement, devices: Sequence[DeviceState]) -
         num_bytes=option.num_bytes, load=option.load, ends_at=found.ends_at, is_alone=option.num_devices > 1
     )
     return [
-        replace(device, residents=(*device.residents, resident))
+        device.with_residents((*device.residents, resident))
         if device.device.uuid in found.device_uuids
         else device
         for device in devices
@@ -237,7 +237,7 @@ def test_the_last_trial_waits_for_a_faster_device_where_it_ends_sooner_there(
 def test_a_share_counts_as_its_load_and_a_gang_as_whole_devices() -> None:
     option = Option(kind="gpu", num_devices=1, num_bytes=GIB, load=0.5, run_s=10.0)
     assert cluster_s([option], {"gpu": 2}) == pytest.approx(2.5)
-    assert cluster_s([replace(option, num_devices=2)], {"gpu": 2}) == pytest.approx(10.0)
+    assert cluster_s([option._replace(num_devices=2)], {"gpu": 2}) == pytest.approx(10.0)
 
 
 @pytest.mark.slow
@@ -273,7 +273,7 @@ def test_passing_a_waiting_trial_never_delays_it(
     requests: list[Request], devices: list[DeviceState], passing: Option
 ) -> None:
     """Play on to the first trial's start, without and with one that passes it: it starts no later."""
-    first = Request(trial=100, options=(replace(passing, num_devices=2, run_s=50.0),), priority=-1)
+    first = Request(trial=100, options=(passing._replace(num_devices=2, run_s=50.0),), priority=-1)
     while (found := place(requests, devices, now=NOW)) is not None:
         request = next(request for request in requests if request.trial == found.trial)
         requests = [item for item in requests if item is not request]
@@ -296,7 +296,7 @@ def starts_at(first: Request, others: Sequence[Request], devices: Sequence[Devic
         if not ends:
             return float("inf")
         now = min(ends)
-        here = [replace(item, residents=tuple(r for r in item.residents if r.ends_at > now)) for item in here]
+        here = [item.with_residents(tuple(r for r in item.residents if r.ends_at > now)) for item in here]
 
 
 # Sharing
