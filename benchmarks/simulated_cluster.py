@@ -162,7 +162,7 @@ class Cluster:
     jobs: dict[str, Job] = field(default_factory=dict)
     done_share: dict[int, float] = field(default_factory=dict)  # kept over preemptions
     on: dict[str, list[str]] = field(default_factory=dict)
-    ends: list[tuple[float, str, int]] = field(default_factory=list)
+    ends: list[tuple[float, int, str, int]] = field(default_factory=list)
     full_s: float = 0.0  # work done, in seconds of a device of the fastest kind that is full
 
     def clock(self) -> float:
@@ -208,7 +208,7 @@ class Cluster:
             load = sum(self.jobs[one].way.load for one in there)
             job.slow = slowdown(load, len(there), TIME_SLICING_OVERHEAD)
             job.version += 1
-            heapq.heappush(self.ends, (self.now + job.left_s * job.slow, launch, job.version))
+            heapq.heappush(self.ends, (self.now + job.left_s * job.slow, job.item, launch, job.version))
 
     def advance_job(self, job: Job) -> None:
         did_s = min(job.left_s, (self.now - job.since) / job.slow)
@@ -231,7 +231,7 @@ class Cluster:
         self.done_share[item.id] = 1.0 - job.left_s / job.total_s
         job.was_stopped = True
         job.version += 1
-        heapq.heappush(self.ends, (self.now + STOP_S, item.launch, job.version))
+        heapq.heappush(self.ends, (self.now + STOP_S, job.item, item.launch, job.version))
 
     def kill(self, item: Item) -> None:
         raise AssertionError("everything stops when it is asked to")
@@ -248,7 +248,7 @@ class Cluster:
     def pass_until(self, until: float) -> None:
         """Let time pass to the next end, or to `until`."""
         while self.ends and self.ends[0][0] <= until:
-            at, launch, version = heapq.heappop(self.ends)
+            at, _, launch, version = heapq.heappop(self.ends)
             job = self.jobs.get(launch)
             if job is None or job.version != version or job.is_over:
                 continue
