@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol
@@ -15,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from autosft.profiles.errors import UserError
 from autosft.service.api.events import Hub
+from autosft.service.api.written import Answers, Written
 from autosft.service.board import Board
 from autosft.service.requests.flags import CommandLine
 from autosft.service.requests.limits import Limits
@@ -28,7 +28,7 @@ from autosft.studies.store.records import Records
 #: How long it may take until a token that another process has revoked is refused.
 TOKEN_KEPT_S = 2.0
 COOKIE = "autosft-token"
-MAX_TEXTS, MAX_TOKENS = 256, 10_000
+MAX_TOKENS = 10_000
 
 
 class Scheduler(Protocol):
@@ -45,22 +45,6 @@ class Scheduler(Protocol):
     def is_alive(self) -> bool:
         """Whether it has looked at the queue lately."""
         ...
-
-
-@dataclass(slots=True)
-class Answers:
-    """Texts that one picture of the queue determines, made once for all who ask for the same."""
-
-    _board: Board | None = None
-    _texts: dict[Hashable, asyncio.Future[str]] = field(default_factory=dict)
-
-    async def get(self, board: Board, key: Hashable, make: Callable[[], str]) -> str:
-        """Return the text of this picture under `key`, made in a thread: a long one keeps nobody waiting."""
-        if board is not self._board or len(self._texts) >= MAX_TEXTS:
-            self._board, self._texts = board, {}
-        if (text := self._texts.get(key)) is None:
-            text = self._texts[key] = asyncio.ensure_future(run_in_threadpool(make))
-        return await asyncio.shield(text)  # whoever asked first may hang up: others wait for it
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,9 +65,15 @@ class Service:
     clock: Callable[[], float] = time.time
     hub: Hub = field(default_factory=Hub)
     answers: Answers = field(default_factory=Answers)
+    written: Written = field(default_factory=Written)
     defaults: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     dashboard: Callable[[], Any] | None = None  # makes Optuna's, a WSGI application
     _tokens: dict[str, tuple[float, User | None]] = field(default_factory=dict)
+
+    def note(self, user: User, item: Item) -> None:
+        """Have a user see at once what they have written, and the loop look at it."""
+        self.written.note(user.name, item, at=self.clock())
+        self.scheduler.wake()
 
     async def user_of(self, token: str) -> User | None:
         """Return whose token this is; remembers the answer for TOKEN_KEPT_S."""

@@ -52,7 +52,9 @@ async def list_studies(
     offset: Annotated[int, Query(ge=0, le=10_000_000)] = 0,
 ) -> Response:
     """List what runs, then what waits in its order, then what is held, then what has ended, newest first."""
-    board, states = service.scheduler.board(), frozenset(state or ItemState)
+    board, answers, states = service.scheduler.board(), service.answers, frozenset(state or ItemState)
+    if (own := service.written.own(user.name, board)) is not None:
+        board, answers = own
     if name is not None:  # of all times
         named = await run_in_threadpool(service.queue.named, name)
         found = [each for each in named if each.state in states and may_see(user, each)]
@@ -66,7 +68,7 @@ async def list_studies(
         shown = [shown_item(item, board, places) for item in found[offset : offset + limit]]
         return models.Listed(items=shown, total=len(found), at=board.at).model_dump_json()
 
-    text = await service.answers.get(board, ("studies", whose(user), states, limit, offset), answer)
+    text = await answers.get(board, ("studies", whose(user), states, limit, offset), answer)
     return Response(text, media_type="application/json")
 
 
@@ -150,7 +152,7 @@ def _done(service: Service, user: User, item_id: int, act: Callable[[Any, float]
     if item.state in ENDED_STATES:
         raise HTTPException(409, f"{item.name} has ended: it is {item.state.value}.")
     after = act(service.queue, service.clock())
-    service.scheduler.wake()
+    service.note(user, after)
     return _shown(service, after)
 
 

@@ -74,7 +74,7 @@ def submit(
     item, is_new = service.queue.submit(submission, key=key, now=service.clock())
     if is_new and demand is None:
         asked.add_done_callback(lambda done: record_prediction(service, item.id, done))
-    service.scheduler.wake()
+    service.note(user, item)
     return item, is_new
 
 

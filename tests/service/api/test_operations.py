@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from autosft.profiles.errors import UserError
-from autosft.service.api.context import Answers, Service, asking, service_of
+from autosft.service.api.context import Service, asking, service_of
 from autosft.service.api.events import MAX_WAITING, Hub
 from autosft.service.api.operations import require_room
+from autosft.service.api.written import Answers
 from autosft.service.board import Board, DeviceUse
 from autosft.service.values import User
 from tests.service.api.fakes import ADA, BOB, FITS, GIB, NOW, ROOT, client, device, run, served, tokens
