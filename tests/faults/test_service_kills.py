@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from tests.faults.queue_chaos import Chaos, Part, torment
+from tests.postgres_again import start_again
 from tests.service.house import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")]
@@ -39,7 +40,7 @@ class Postgres:
         self._pgserver.pg_ctl(["-m", "immediate", "stop"], **owner)
 
     def come_back(self) -> None:
-        self._server.ensure_postgres_running()
+        start_again(self._server)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from autosft.profiles.errors import UserError
 from autosft.service.client import Client
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import TrialState
+from tests.postgres_again import start_again
 from tests.service.house import House, furnished
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
@@ -54,7 +55,7 @@ class Postgres:
             for process in self._processes():
                 process.send_signal(signal.SIGCONT)
         else:
-            self._server.ensure_postgres_running()
+            start_again(self._server)
 
 
 @pytest.fixture

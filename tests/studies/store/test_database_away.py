@@ -24,6 +24,7 @@ from autosft.studies.store import database
 from autosft.studies.store.records import Records, open_records
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrialState
+from tests.postgres_again import start_again
 from tests.studies.study_examples import end, evaluation, opened, start
 
 
@@ -98,7 +99,7 @@ def own_server() -> Iterator[Any]:
         def stop() -> None:
             pgserver.pg_ctl(["-m", "immediate", "stop"], pgdata=server.pgdata, user=server.system_user)
 
-        yield SimpleNamespace(url=server.get_uri(), stop=stop, start=server.ensure_postgres_running)
+        yield SimpleNamespace(url=server.get_uri(), stop=stop, start=lambda: start_again(server))
         stop()
 
 
