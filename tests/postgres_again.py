@@ -10,7 +10,7 @@ LIMIT_S = 120.0
 
 
 def start_again(server: Any) -> None:
-    """Start a server of the pgserver wheel, however long it recovers: the wheel itself gives up after 10 s."""
+    """Start a server of the pgserver wheel, however long it recovers: the wheel gives up after 10 s."""
     deadline = time.monotonic() + LIMIT_S
     while True:
         try:
