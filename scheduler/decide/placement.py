@@ -274,11 +274,11 @@ def _single(
     best: tuple[float, int, int, str] | None = None
     for several in (kind.with_one, kind.with_more):
         for state in several:
-            num = len(state.residents)
-            if not pays(state.load, num, option.load, state.overhead):
-                break
             if option.num_bytes > state.free_bytes:
                 continue
+            num = len(state.residents)
+            if not pays(state.load, num, option.load, state.overhead):
+                break  # nor on those that are busier
             factor = slowdown(state.load + option.load, num + 1, state.overhead)
             rank = now + option.run_s * factor, num, state.free_bytes, state.device.uuid
             # A reserved device only takes trials that end before the reservation and do not slow others down.

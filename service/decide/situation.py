@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -39,7 +40,13 @@ class Situation:
     policy: Policy = field(default_factory=Policy)
 
     def user(self, name: str) -> User:
-        return self.users.get(name) or User(name=name)
+        return self.users.get(name) or unknown_user(name)
+
+
+@functools.lru_cache(maxsize=256)
+def unknown_user(name: str) -> User:
+    """Return somebody without a row, whom a decision asks for again and again."""
+    return User(name=name)
 
 
 def way_of(item: Item) -> Way:
