@@ -96,7 +96,7 @@ def pads_to_few_sizes(job: TrialJob) -> bool:
 
 @functools.cache
 def use_free_cores() -> None:
-    """Have torch compute on the cores that others leave; found once, since later this program's load counts."""
+    """Have torch compute on the cores that others leave; found once, since later its own load counts."""
     import torch
 
     torch.set_num_threads(num_free_cores(load_now(), torch.get_num_threads()))
