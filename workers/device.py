@@ -5,6 +5,7 @@ Facts that need no process of a trial are in `profiles.hardware.device_kinds`.
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from autosft.profiles.hardware.busy import load_now, num_free_cores
 from autosft.profiles.hardware.device_kinds import DeviceKind, kind_of_uuid
 from autosft.profiles.hardware.host import profile_host
 from autosft.profiles.memory.allocator.trial_settings import SETTINGS, can_expand, is_chosen
@@ -90,6 +92,14 @@ def pads_to_few_sizes(job: TrialJob) -> bool:
     """Whether a job's rows are padded to few sizes, since its device compiles products for each."""
     device = DeviceKind.CPU if device_of(job).uses_host_memory else DeviceKind.CUDA
     return compiles_per_shape(job.pinned.precision, device)
+
+
+@functools.cache
+def use_free_cores() -> None:
+    """Have torch compute on the cores that others leave; found once, since later its own load counts."""
+    import torch
+
+    torch.set_num_threads(num_free_cores(load_now(), torch.get_num_threads()))
 
 
 def local_device() -> TrialDevice:

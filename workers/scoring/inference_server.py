@@ -29,7 +29,7 @@ import torch
 from autosft.profiles.dataset.template_date import recorded_date
 from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.errors import UserError
-from autosft.workers.device import local_device
+from autosft.workers.device import local_device, use_free_cores
 from autosft.workers.load_weights import load_any
 from autosft.workers.scoring.generation import generate_after, prompt_tokens, stream_after
 from autosft.workers.scoring.precision import common_dtype
@@ -205,6 +205,7 @@ def main() -> None:
         asked.put(None)
 
     Thread(target=listen, daemon=True).start()
+    use_free_cores()
     answerer = Answerer(say=say, is_stopped=is_stopped)
     while (line := asked.get()) is not None:
         try:

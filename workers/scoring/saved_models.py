@@ -25,7 +25,7 @@ from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.intervals import Interval, mean, proportion
 from autosft.studies.metrics import IFEVAL, TokenSums, token_metrics
 from autosft.workers.data import collator
-from autosft.workers.device import local_device
+from autosft.workers.device import local_device, use_free_cores
 from autosft.workers.load_weights import load_any
 from autosft.workers.scoring.evaluation import Evaluation, evaluate
 from autosft.workers.scoring.generation import batch_that_fits, generate
@@ -88,6 +88,7 @@ def load(
     """
     from transformers.utils import logging
 
+    use_free_cores()
     verify_if_sealed(Path(checkpoint))
     require_base_of_adapter(Path(checkpoint))
     logging.disable_progress_bar()

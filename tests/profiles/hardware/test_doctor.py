@@ -12,7 +12,7 @@ import pynvml
 import pytest
 
 from autosft.profiles.hardware import machine as machine_module
-from autosft.profiles.hardware.busy import busy_notes, describe_load
+from autosft.profiles.hardware.busy import busy_notes, describe_load, num_free_cores
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProcess
 from autosft.profiles.hardware.doctor import examine, several_gpus
 from autosft.profiles.hardware.findings import Finding, Level
@@ -284,3 +284,11 @@ def test_a_busy_processor_is_said(load: float | None, num_cores: int, said: str)
     assert bool(words) == bool(said)
     found = [item for item in examine(machine(load=load, num_cores=num_cores)) if item.topic == "load"]
     assert [item.level for item in found] == [Level.WARNING] * bool(said)
+
+
+@pytest.mark.parametrize(
+    ("load", "num_cores", "expected"),
+    [(None, 8, 8), (0.0, 8, 8), (0.4, 2, 2), (1.0, 2, 1), (3.2, 8, 5), (15.0, 8, 1), (0.0, 1, 1)],
+)
+def test_how_many_cores_others_leave(load: float | None, num_cores: int, expected: int) -> None:
+    assert num_free_cores(load, num_cores) == expected
