@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from autosft.profiles.errors import UserError
 from autosft.service.api.events import Hub
+from autosft.service.api.shown import ItemTexts
 from autosft.service.api.written import Answers, Written
 from autosft.service.board import Board
 from autosft.service.requests.flags import CommandLine
@@ -66,6 +67,7 @@ class Service:
     hub: Hub = field(default_factory=Hub)
     answers: Answers = field(default_factory=Answers)
     written: Written = field(default_factory=Written)
+    texts: ItemTexts = field(default_factory=ItemTexts)
     defaults: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     dashboard: Callable[[], Any] | None = None  # makes Optuna's, a WSGI application
     _tokens: dict[str, tuple[float, User | None]] = field(default_factory=dict)

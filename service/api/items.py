@@ -5,7 +5,8 @@ An item is any command that was queued; most are studies.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, HTTPException, Query, Response
@@ -53,8 +54,9 @@ async def list_studies(
 ) -> Response:
     """List what runs, then what waits in its order, then what is held, then what has ended, newest first."""
     board, answers, states = service.scheduler.board(), service.answers, frozenset(state or ItemState)
+    shows = board
     if (own := service.written.own(user.name, board)) is not None:
-        board, answers = own
+        shows, answers = own
     if name is not None:  # of all times
         named = await run_in_threadpool(service.queue.named, name)
         found = [each for each in named if each.state in states and may_see(user, each)]
@@ -63,12 +65,11 @@ async def list_studies(
         return Response(listed.model_dump_json(), media_type="application/json")
 
     def answer() -> str:
-        found = [item for item in board.seen_by(user) if item.state in states]
-        places = board.places()
-        shown = [shown_item(item, board, places) for item in found[offset : offset + limit]]
-        return models.Listed(items=shown, total=len(found), at=board.at).model_dump_json()
+        found = [item for item in shows.seen_by(user) if item.state in states]
+        texts = service.texts.of(board, found[offset : offset + limit])
+        return listed_text(texts, total=len(found), at=board.at)
 
-    text = await answers.get(board, ("studies", whose(user), states, limit, offset), answer)
+    text = await answers.get(shows, ("studies", whose(user), states, limit, offset), answer)
     return Response(text, media_type="application/json")
 
 
@@ -144,6 +145,11 @@ def clone_study(
 async def who_asks(user: Asking) -> models.Me:
     """Return whose token this is."""
     return models.Me(name=user.name, role=user.role.value)
+
+
+def listed_text(texts: Sequence[str], *, total: int, at: float) -> str:
+    """Return `models.Listed` of items as JSON that are JSON already."""
+    return f'{{"items":[{",".join(texts)}],"total":{total},"at":{json.dumps(at)}}}'
 
 
 def _done(service: Service, user: User, item_id: int, act: Callable[[Any, float], Item]) -> models.Shown:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from autosft.profiles.masking import masked, masked_command
 from autosft.service.api import models
@@ -44,6 +45,28 @@ def shown_item(item: Item, board: Board, places: Mapping[int, int] | None = None
         num_starts=item.num_starts,
         cloned_from=item.cloned_from,
     )
+
+
+@dataclass(slots=True)
+class ItemTexts:
+    """Items as JSON, made once for all lists of one picture that they are in."""
+
+    _made: tuple[Board, dict[int, tuple[Item, str]]] = field(default_factory=lambda: (Board(), {}))
+
+    def of(self, board: Board, items: Sequence[Item]) -> list[str]:
+        """Return the text of each item, with place and reason as in the picture."""
+        made = self._made  # other threads may replace it
+        if made[0] is not board:
+            made = self._made = board, {}
+        known, places = made[1], board.places()
+        texts = []
+        for item in items:
+            its, text = known.get(item.id, (None, ""))
+            if its is not item:
+                text = shown_item(item, board, places).model_dump_json()
+                known[item.id] = item, text
+            texts.append(text)
+        return texts
 
 
 def planned_end(item: Item) -> float | None:

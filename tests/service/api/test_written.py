@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from autosft.service.api import models
 from autosft.service.api.context import Service
+from autosft.service.api.shown import shown_item
 from autosft.service.board import Board
 from tests.service.api.fakes import ADA, BOB, ROOT, client, served, tokens
 
@@ -85,3 +87,18 @@ def test_a_change_is_listed_at_once_for_who_has_made_it(late: tuple[Service, Lat
     assert listed(ada) == expected
     scheduler.look()
     assert listed(ada) == expected
+
+
+def test_a_list_is_put_together_from_its_items_as_it_would_be_made_in_one(late: tuple[Service, Late]) -> None:
+    service, scheduler = late
+    ada = client(service, tokens(service, ADA)["ada"])
+    for name in ("a", "b"):
+        ada.post("/studies", json=TUNE | {"name": name})
+    scheduler.look()
+    board = scheduler.board()
+    made = models.Listed(items=[shown_item(item, board) for item in board.items], total=2, at=board.at)
+    for _ in range(2):
+        assert ada.get("/studies").text == made.model_dump_json()
+        assert ada.get("/studies", params={"limit": 1}).json()["items"] == [
+            made.model_dump(mode="json")["items"][0]
+        ]
