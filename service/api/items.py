@@ -65,7 +65,9 @@ async def list_studies(
         return Response(listed.model_dump_json(), media_type="application/json")
 
     def answer() -> str:
-        found = [item for item in shows.seen_by(user) if item.state in states]
+        found = shows.seen_by(user)
+        if state:
+            found = tuple(item for item in found if item.state in states)
         texts = service.texts.of(board, found[offset : offset + limit])
         return listed_text(texts, total=len(found), at=board.at)
 

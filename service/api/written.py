@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Hashable
+from bisect import bisect_right
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 from starlette.concurrency import run_in_threadpool
 
@@ -90,14 +92,26 @@ class Written:
             return found, own.answers
 
 
-def with_items(board: Board, items: list[Item]) -> Board:
-    """Return a picture with items as they are now, and new ones behind those that wait."""
-    now = {item.id: item for item in items}
-    known = [now.pop(item.id, item) for item in board.items]
-    return replace(board, items=tuple(sorted([*known, *now.values()], key=_group)))
+def with_items(board: Board, items: Sequence[Item]) -> Board:
+    """Return a picture with items as they are now; new and moved ones are behind those of their kind."""
+    now, moved, gone = list(board.items), [], []
+    for item in items:
+        position = board.positions.get(item.id)
+        if position is not None and _group(board.items[position]) == _group(item):
+            now[position] = item
+            continue
+        moved.append(item)
+        if position is not None:
+            gone.append(position)
+    for position in sorted(gone, reverse=True):
+        del now[position]
+    for item in sorted(moved, key=attrgetter("id")):
+        now.insert(bisect_right(now, _group(item), key=_group), item)
+    return replace(board, items=tuple(now))
 
 
 def _group(item: Item) -> int:
+    """Return what the order of a picture goes by first."""
     if item.is_placed:
         return 0
     if item.is_queued:
