@@ -1,11 +1,14 @@
 """Measure the processor time of a trained token, beside another build of autosft and trl and peft alone.
 
     python benchmarks/step_speed.py [--beside PYTHON] [--plain] [--rounds 5] [--cases NAME ...] [--json FILE]
+                                    [--precision bf16-autocast]
 
 Every run is a process of its own with one thread: a model of the named shape with random weights trains a few
 optimizer steps on random tokens; the second half of each example has labels.  Builds take turns; what
 is compared is the median over rounds of the processor time of the steps after the first two, which other
-programs on the machine hardly change.  PYTHON is the interpreter of another installation.
+programs on the machine hardly change.  PYTHON is the interpreter of another installation.  --precision is
+that of this build alone, the others compute in fp32: bf16-autocast is the default of a study on a CPU that
+gains by it (docs/training.md).
 """
 
 from __future__ import annotations
@@ -32,6 +35,18 @@ class Case:
     micro_batch: int
     length: int
     num_steps: int
+
+
+@dataclass(frozen=True)
+class Build:
+    """An installation, and how it trains."""
+
+    python: str
+    precision: str = "fp32"
+    is_plain: bool = False  # trl and peft alone
+
+    def options(self) -> list[str]:
+        return ["--precision", self.precision, *(["--plain"] if self.is_plain else [])]
 
 
 CASES = {
@@ -108,7 +123,7 @@ def clock() -> Any:
     return Clock()
 
 
-def run_autosft(case: Case, folder: Path, output: Path) -> float:
+def run_autosft(case: Case, folder: Path, output: Path, precision: str) -> float:
     from unittest import mock
 
     from datasets import load_from_disk
@@ -156,7 +171,7 @@ def run_autosft(case: Case, folder: Path, output: Path) -> float:
     )
     data = folder / "data"
     pinned = PinnedSettings(
-        precision=Precision.FP32,
+        precision=Precision(precision),
         tf32=False,
         attention="sdpa",
         eval_seq_len=case.length,
@@ -254,20 +269,23 @@ def run_plain(case: Case, folder: Path, output: Path) -> float:
     return float(seen.ended - seen.began)
 
 
-def child(case: Case, folder: Path, *, is_plain: bool) -> None:
+def child(case: Case, folder: Path, *, is_plain: bool, precision: str) -> None:
     import torch
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as output:
-        spent_s = (run_plain if is_plain else run_autosft)(case, folder, Path(output))
+        if is_plain:
+            spent_s = run_plain(case, folder, Path(output))
+        else:
+            spent_s = run_autosft(case, folder, Path(output), precision)
     num_tokens = (case.num_steps - WARM_UP_STEPS) * case.micro_batch * case.length
     print(json.dumps({"us_per_token": 1e6 * spent_s / num_tokens}))
 
 
-def one_run(python: str, name: str, folder: Path, *, is_plain: bool) -> float:
+def one_run(build: Build, name: str, folder: Path) -> float:
     """Return the microseconds of processor time a token of one run."""
     done = subprocess.run(
-        [python, "-W", "ignore", __file__, "--child", name, str(folder), *(["--plain"] if is_plain else [])],
+        [build.python, "-W", "ignore", __file__, "--child", name, str(folder), *build.options()],
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -284,24 +302,25 @@ def one_run(python: str, name: str, folder: Path, *, is_plain: bool) -> float:
     return float(json.loads(done.stdout.splitlines()[-1])["us_per_token"])
 
 
-def measure(builds: dict[str, tuple[str, bool]], names: list[str], rounds: int) -> list[dict[str, Any]]:
-    """Return a row for each case; `builds`: interpreters by name, and whether they run trl and peft alone."""
+def measure(builds: dict[str, Build], names: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Return a row for each case."""
     rows = []
     for name in names:
-        taken: dict[str, list[float]] = {build: [] for build in builds}
+        taken: dict[str, list[float]] = {label: [] for label in builds}
         with tempfile.TemporaryDirectory() as folder:
             make_inputs(CASES[name], Path(folder))
             for _ in range(rounds):
-                for build, (python, is_plain) in builds.items():
-                    taken[build].append(one_run(python, name, Path(folder), is_plain=is_plain))
-        median = {build: statistics.median(values) for build, values in taken.items()}
-        faster = {build: median[build] / median["this"] for build in builds if build != "this"}
+                for label, build in builds.items():
+                    taken[label].append(one_run(build, name, Path(folder)))
+        median = {label: statistics.median(values) for label, values in taken.items()}
+        faster = {label: median[label] / median["this"] for label in builds if label != "this"}
         rows.append(
             {
                 "case": name,
                 **asdict(CASES[name]),
                 "us_per_token": median,
                 "times_faster": faster,
+                "precision": builds["this"].precision,
                 "runs": taken,
             }
         )
@@ -318,16 +337,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--precision", choices=("fp32", "bf16-autocast"), default="fp32")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child is not None:
-        child(CASES[given.child[0]], Path(given.child[1]), is_plain=given.plain)
+        child(CASES[given.child[0]], Path(given.child[1]), is_plain=given.plain, precision=given.precision)
         return
-    builds = {"this": (sys.executable, False)}
+    builds = {"this": Build(sys.executable, precision=given.precision)}
     if given.beside:
-        builds["beside"] = (given.beside, False)
+        builds["beside"] = Build(given.beside)
     if given.plain:
-        builds["trl and peft"] = (sys.executable, True)
+        builds["trl and peft"] = Build(sys.executable, is_plain=True)
     rows = measure(builds, given.cases, given.rounds)
     if given.json is not None:
         given.json.write_text(json.dumps(rows, indent=1) + "\n")
