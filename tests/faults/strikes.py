@@ -154,7 +154,7 @@ def delete(name: str) -> Callable[[Place], None]:
     return strike
 
 
-def limit(what: int, value: int) -> Callable[[Place], None]:
+def limit(what: int, value: int, *, of_attempts: int | None = None) -> Callable[[Place], None]:
     """Lower a limit of the process that attempts are forked from."""
 
     def strike(place: Place) -> None:
@@ -162,7 +162,8 @@ def limit(what: int, value: int) -> Callable[[Place], None]:
         assert place.server.pid is not None
         for process in (psutil.Process(place.server.pid), *children(place)):
             before = process.rlimit(what)
-            process.rlimit(what, (value, before[1]))
+            is_attempt = of_attempts is not None and process.pid != place.server.pid
+            process.rlimit(what, (of_attempts if is_attempt else value, before[1]))
 
     return strike  # a new server starts without it
 
@@ -307,7 +308,7 @@ KINDS = {
     "no more processes": Kind(limit_processes, "Resource temporarily unavailable"),
     "clock stepped": Kind(step_clock, "", ends_run=False),
     # standard input and outputs, their lock and one more are what an attempt has open all the time
-    "no more open files": Kind(limit(resource.RLIMIT_NOFILE, 5), "Too many open files"),
+    "no more open files": Kind(limit(resource.RLIMIT_NOFILE, 8, of_attempts=5), "Too many open files"),
     # a server that was only just up cannot write its last words either
     "file size limited": Kind(
         limit(resource.RLIMIT_FSIZE, 0), r"File too large|warm server is gone; its last output: \(none\)"
