@@ -11,6 +11,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,8 @@ class Place:
     root: Path
     server: WarmServer | None = None
     clock_step_s: float = 0.0
+    #: Whether an attempt was there to be hit: on a busy machine none may be up yet, or it has ended.
+    has_victim: bool = True
     undo: list[Callable[[], object]] = field(default_factory=list)
 
     @property
@@ -114,6 +117,15 @@ def children(place: Place) -> list[psutil.Process]:
     return psutil.Process(place.server.pid).children()
 
 
+def victims(place: Place) -> list[psutil.Process]:
+    """Return the attempts under way, and note whether there are any; one that was just sent is waited for."""
+    end = time.monotonic() + 5.0
+    while not (found := children(place)) and time.monotonic() < end:
+        time.sleep(0.05)
+    place.has_victim = bool(found)
+    return found
+
+
 def move(name: str) -> Callable[[Place], None]:
     def strike(place: Place) -> None:
         moved = place.root / "moved"
@@ -142,7 +154,7 @@ def delete(name: str) -> Callable[[Place], None]:
     return strike
 
 
-def limit(what: int, value: int) -> Callable[[Place], None]:
+def limit(what: int, value: int, *, of_attempts: int | None = None) -> Callable[[Place], None]:
     """Lower a limit of the process that attempts are forked from."""
 
     def strike(place: Place) -> None:
@@ -150,7 +162,8 @@ def limit(what: int, value: int) -> Callable[[Place], None]:
         assert place.server.pid is not None
         for process in (psutil.Process(place.server.pid), *children(place)):
             before = process.rlimit(what)
-            process.rlimit(what, (value, before[1]))
+            is_attempt = of_attempts is not None and process.pid != place.server.pid
+            process.rlimit(what, (of_attempts if is_attempt else value, before[1]))
 
     return strike  # a new server starts without it
 
@@ -240,13 +253,14 @@ def step_clock(place: Place) -> None:
 
 def suspend(place: Place) -> None:
     """An attempt is suspended, as by a debugger or a batch system."""
-    for process in children(place):
+    for process in victims(place):
         process.send_signal(signal.SIGSTOP)
 
 
 def kill_server(place: Place) -> None:
     assert place.server is not None
     assert place.server.pid is not None
+    victims(place)
     os.kill(place.server.pid, signal.SIGKILL)
 
 
@@ -293,8 +307,12 @@ KINDS = {
     "machine suspended": Kind(suspend_machine, "", ends_run=False),
     "no more processes": Kind(limit_processes, "Resource temporarily unavailable"),
     "clock stepped": Kind(step_clock, "", ends_run=False),
-    "no more open files": Kind(limit(resource.RLIMIT_NOFILE, 8), "Too many open files"),
-    "file size limited": Kind(limit(resource.RLIMIT_FSIZE, 0), "File too large"),
+    # standard input and outputs, their lock and one more are what an attempt has open all the time
+    "no more open files": Kind(limit(resource.RLIMIT_NOFILE, 8, of_attempts=5), "Too many open files"),
+    # a server that was only just up cannot write its last words either
+    "file size limited": Kind(
+        limit(resource.RLIMIT_FSIZE, 0), r"File too large|warm server is gone; its last output: \(none\)"
+    ),
     "attempt suspended": Kind(suspend, "no progress|killed", ends_run=False),
     "server killed": Kind(kill_server, "warm server is gone|killed", ends_run=False),
     "leases another user's": Kind(take_leases, "belongs to another user"),

@@ -151,7 +151,8 @@ def main() -> None:
         second = run(place, observe) if error is not None else None
     if second is None:
         check_exact(place, has_checkpoints=given["kind"] != "output deleted")
-    print(json.dumps({"error": error, "said": said, "second": second}))
+    told = {"error": error, "said": said, "second": second, "has_victim": place.has_victim}
+    print(json.dumps(told))
 
 
 def check_exact(place: Place, *, has_checkpoints: bool) -> None:

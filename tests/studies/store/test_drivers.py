@@ -152,3 +152,13 @@ def test_a_driver_of_before_is_replaced_at_once(records: Records, what: str) -> 
     )
     records.open_study(spec(), now=0.0).take_over(before, now=0.0)
     records.open_study(spec(), now=0.0).take_over(me, now=1.0)
+
+
+def test_taking_over_shows_what_another_driver_wrote_in_the_meantime(records: Records) -> None:
+    mine = records.open_study(spec(), now=0.0)
+    assert mine.trials() == ()
+    other = opened(records, now=1.0, number=1)
+    asked = other.ask(now=1.0).number
+    other.release(now=2.0)
+    mine.take_over(driver(2), now=3.0)
+    assert [trial.number for trial in mine.trials()] == [asked]

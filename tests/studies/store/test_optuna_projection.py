@@ -239,6 +239,21 @@ def test_what_was_missed_is_made_up_for(
     assert [(item[5]["trial"], item[5].get("best step")) for item in snapshot()] == [(0, 20), (1, None)]
 
 
+@pytest.mark.parametrize("now", [0.0, 0.5])
+def test_the_first_time_is_due_whatever_the_clock_says(records: Records, url: str, now: float) -> None:
+    study = opened(records)
+    study.project_later()
+    study.ask(now=now)
+    fresh = records.open_study(spec(), now=now)
+    study.release(now=now)
+    fresh.project_later()
+    fresh.take_over(driver(2), now=now)
+    fresh.recover(now=now)
+    fresh.ask(now=now)
+    fresh.project(now=now)
+    assert len(theirs(url).trials) == len(fresh.trials()) == 2
+
+
 def test_a_study_that_runs_is_followed_once_a_second(records: Records, url: str) -> None:
     study = opened(records)
     study.project_later()
