@@ -53,6 +53,9 @@ CASES = {
     "SmolLM2-135M LoRA 1x128": Case(
         model="SmolLM2-135M", method="lora", micro_batch=1, length=128, num_steps=5
     ),
+    "SmolLM2-135M LoRA 4x128": Case(
+        model="SmolLM2-135M", method="lora", micro_batch=4, length=128, num_steps=5
+    ),
     "SmolLM2-135M full 1x128": Case(
         model="SmolLM2-135M", method="full", micro_batch=1, length=128, num_steps=5
     ),
