@@ -38,7 +38,7 @@ def test_two_people_share_a_server_that_is_killed(house: House) -> None:
     house.add_user("bob")
     house.start()
     with house.client("ada") as ada, house.client("bob") as bob:
-        tune(house, "bob", "first", "--epochs", "12")
+        tune(house, "bob", "first", "--epochs", "36")
         submit_by_page(house, "ada", "second")
         tune(house, "bob", "third", "--epochs", "1")
         house.run("queue", "clone", "third", "--name", "fourth", "--", "--learning-rate", "1e-3", by="bob")
@@ -79,7 +79,7 @@ def test_a_server_that_is_stopped_for_a_while_saves_what_runs(tmp_path: Path) ->
         house.start()
         with house.client() as client:
             settings = {"model": "llama", "data": "chats.jsonl", "method": "full", "prune": False}
-            settings |= {"trials": NUM_TRIALS, "evaluations": 4, "epochs": 12}
+            settings |= {"trials": NUM_TRIALS, "evaluations": 4, "epochs": 24}
             item = client.submit("tune", settings, name="first")["id"]
             house.until(lambda: has_measured(house, client, "first"))
             assert house.server is not None
