@@ -22,7 +22,7 @@ from autosft.commands.options import (
     write_json,
 )
 from autosft.profiles.errors import UserError
-from autosft.ui.terminal import new_console, status_line, visible
+from autosft.ui.terminal import new_console, share_bar, status_line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -98,8 +98,8 @@ def chat(
     names = ", ".join(model.name for model in models)
     with InferenceClient(models, trust_remote_code=trust_remote_code, template_date=date) as answering:
         if data is not None and samples is not None:
-            with status_line(f"{names} answer {samples} prompts …", is_quiet=quiet or as_json):
-                shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)
+            with share_bar(f"{names} answer {samples} prompts", is_quiet=quiet or as_json) as tell:
+                shown = answering.samples(data, samples, max_new_tokens=max_new_tokens, on_share=tell)
             if as_json:
                 write_json([sample_as_plain(sample) for sample in shown])
                 return

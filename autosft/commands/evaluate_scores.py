@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from autosft.commands.evaluate_checks import Asked, Ready
+from autosft.profiles.progress_bar import progress_bar
 from autosft.ui.terminal import status_line
 
 if TYPE_CHECKING:
@@ -131,15 +132,7 @@ class Scorer:
     @contextlib.contextmanager
     def _progress(self, num: int, unit: str) -> Iterator[Callable[[], object]]:
         """Show a bar with the time left where a person looks on."""
-        from tqdm import tqdm
-
-        with tqdm(
-            total=num,
-            unit=f" {unit}",
-            disable=True if self.is_quiet else None,
-            leave=False,
-            dynamic_ncols=True,
-        ) as bar:
+        with progress_bar(is_quiet=self.is_quiet, total=num, unit=f" {unit}") as bar:
             yield bar.update
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -23,6 +24,7 @@ from autosft.commands.options import (
 )
 from autosft.commands.remote import with_server
 from autosft.profiles.errors import UserError
+from autosft.ui.terminal import share_bar
 
 if TYPE_CHECKING:
     from autosft.studies.report import Answer
@@ -76,9 +78,14 @@ def report(
         if answers and not quiet and not as_json:
             said = f"Asking the untuned and the best model {answers} questions; --answers 0 skips that."
             typer.echo(said, err=True)
-        samples, missing = sample_answers(
-            found, answers, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code
-        )
+        with share_bar("answers", is_quiet=quiet or as_json or not answers) as tell:
+            samples, missing = sample_answers(
+                found,
+                answers,
+                max_new_tokens=max_new_tokens,
+                trust_remote_code=trust_remote_code,
+                on_share=tell,
+            )
         write_report(path, report_of(found, database=records.url, answers=samples, now=time.time()))
     if missing and not quiet:
         typer.echo(f"No answers in the report: {missing}", err=True)
@@ -91,7 +98,12 @@ def report(
 
 
 def sample_answers(
-    study: StudyRecords, num: int, *, max_new_tokens: int, trust_remote_code: bool
+    study: StudyRecords,
+    num: int,
+    *,
+    max_new_tokens: int,
+    trust_remote_code: bool,
+    on_share: Callable[[float], object],
 ) -> tuple[tuple[Answer, ...], str | None]:
     """Return answers of the base and the best model, or the reason why there are none."""
     if num == 0:
@@ -102,6 +114,6 @@ def sample_answers(
         models = models_of_study(study, ("base", "best"))
         data = prepared_folder(study.spec)
         with InferenceClient(models, trust_remote_code=trust_remote_code) as answering:
-            return answering.samples(data, num, max_new_tokens=max_new_tokens), None
+            return answering.samples(data, num, max_new_tokens=max_new_tokens, on_share=on_share), None
     except UserError as error:
         return (), str(error)

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
+
+from autosft.profiles.progress_bar import progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -106,3 +108,11 @@ def new_console(*, stream: TextIO | None = None, stderr: bool = False, **options
 def status_line(text: str = "", *, is_quiet: bool) -> Status:
     """Return a status line on stderr for slow steps; silent if stderr is not a terminal."""
     return new_console(stderr=True, quiet=is_quiet or not sys.stderr.isatty()).status(text)
+
+
+@contextmanager
+def share_bar(what: str, *, is_quiet: bool) -> Iterator[Callable[[float], None]]:
+    """Show on stderr which share of something is done and the time left, where a person looks on."""
+    form = "{desc} {percentage:.0f} % |{bar}| {elapsed}, {remaining} left"
+    with progress_bar(what, is_quiet=is_quiet, total=100.0, bar_format=form) as bar:
+        yield lambda share: bar.update(100.0 * share - bar.n)

@@ -24,6 +24,8 @@ from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.values import Direction, StudySpec
 
 Conversation = Sequence[Mapping[str, str]]
+#: What the server says while it works on an answer.
+_PARTIAL = {"text", "share"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +103,20 @@ class InferenceClient:
         """End the answer that is being given."""
         self._send({"stop": True})
 
-    def samples(self, data_dir: Path, num: int, *, max_new_tokens: int) -> tuple[Answer, ...]:
-        """Return evaluation examples of prepared data with the models' answers."""
+    def samples(
+        self,
+        data_dir: Path,
+        num: int,
+        *,
+        max_new_tokens: int,
+        on_share: Callable[[float], object] = lambda _: None,
+    ) -> tuple[Answer, ...]:
+        """Return evaluation examples of prepared data with the models' answers.
+
+        `on_share` is called with the share of the answers that is done, as it grows.
+        """
         request = {"data_dir": str(data_dir), "num_samples": num, "max_new_tokens": max_new_tokens}
-        reply = self._serve(self._models, request)
+        reply = self._serve(self._models, request, on_share=on_share)
         names = [model.name for model in self._models]
         return tuple(
             Answer(
@@ -129,6 +141,7 @@ class InferenceClient:
         request: Mapping[str, Any],
         *,
         on_text: Callable[[str], object] = lambda _: None,
+        on_share: Callable[[float], object] = lambda _: None,
     ) -> dict[str, Any]:
         assert self._process.stdout is not None
         whole = {
@@ -141,8 +154,11 @@ class InferenceClient:
         reply: dict[str, Any]
         try:
             self._send(whole)
-            while "text" in (reply := json.loads(line := self._process.stdout.readline() or "{}")):
-                on_text(reply["text"])
+            while (reply := json.loads(line := self._process.stdout.readline() or "{}")).keys() & _PARTIAL:
+                if "text" in reply:
+                    on_text(reply["text"])
+                else:
+                    on_share(reply["share"])
         except BrokenPipeError:
             line = ""
         if line in ("", "{}"):

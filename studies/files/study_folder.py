@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autosft.profiles import errors
+from autosft.profiles.progress_bar import progress_bar
 from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import MANIFEST, remove, slug
 
@@ -127,10 +128,8 @@ def bring_here(store_url: str | None, output: Path) -> None:
 
 def fetched_with_progress(address: str) -> Path:
     """Return a checkpoint's folder on this machine; download one at a URL, with a bar in a terminal."""
-    from tqdm import tqdm
-
     name = address.rpartition("/")[2]
-    with tqdm(desc=f"fetching {name}", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+    with progress_bar(f"fetching {name}", unit="B", unit_scale=True) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total

@@ -102,12 +102,20 @@ def generate_after(
     batch_size: int | Callable[[int], int],
     precision: AbstractContextManager[None] | None = None,
     on_batch: Callable[[], object] | None = None,
+    on_token: Callable[[], object] | None = None,
 ) -> list[str]:
     """Return the model's answer to each prompt, up to the end of its turn, in the order of the prompts.
 
     Prompts of similar length share a batch, padded on the left; `batch_size` may be a function of the longest
-    prompt's number of tokens.  The model's training mode is restored.
+    prompt's number of tokens.  The model's training mode is restored.  `on_token` is called after each token
+    of a batch.
     """
+
+    def tell(ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        assert on_token is not None
+        on_token()
+        return torch.zeros(len(ids), device=ids.device, dtype=torch.bool)  # nothing ends by it
+
     fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
     end = turn_end(tokenizer, model.generation_config)
     greedy = greedily(model, tokenizer, end, max_new_tokens=max_new_tokens)
@@ -123,7 +131,12 @@ def generate_after(
             batch = _left_padded([prompts[i] for i in ids], tokenizer.pad_token_id)
             batch = {name: value.to(model.device) for name, value in batch.items()}
             with torch.no_grad(), precision or nullcontext():
-                output = model.generate(**batch, generation_config=greedy, tokenizer=tokenizer)
+                output = model.generate(
+                    **batch,
+                    generation_config=greedy,
+                    tokenizer=tokenizer,
+                    stopping_criteria=None if on_token is None else [tell],
+                )
             for i, told in zip(ids, output[:, longest:].tolist(), strict=True):
                 answers[i] = _text_of_turn(tokenizer, told, end)
             if on_batch is not None:

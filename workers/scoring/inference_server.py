@@ -18,8 +18,9 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from queue import SimpleQueue
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
@@ -66,11 +67,21 @@ def load(model: str, *, trust_remote_code: bool = False, dtype: str | None = Non
 
 
 def generate(
-    loaded: Loaded, prompts: Sequence[Tokens], *, max_new_tokens: int, batch_size: int = 64
+    loaded: Loaded,
+    prompts: Sequence[Tokens],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    on_token: Callable[[], object] | None = None,
 ) -> list[str]:
     """Return a model's answer to each prompt, in the order given."""
     return generate_after(
-        loaded.network, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
+        loaded.network,
+        loaded.tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        on_token=on_token,
     )
 
 
@@ -142,7 +153,7 @@ class Answerer:
             decode = models[-1].tokenizer.batch_decode
             texts = [decode(ids, skip_special_tokens=True) for ids in (prompts, expected)]
             samples = [[prompt.strip(), answer.strip()] for prompt, answer in zip(*texts, strict=True)]
-            answers = [generate(model, prompts, max_new_tokens=limit) for model in models]
+            answers = self._answers(models, prompts, max_new_tokens=limit)
             turns = [turns_of(ids, models[-1].tokenizer) for ids in prompts]
             return {"answers": answers, "samples": samples, "turns": turns}
         # An untuned base model may lack the template that its tuned child was trained with, and its date.
@@ -163,6 +174,21 @@ class Answerer:
                 for model in models
             ]
         }
+
+    def _answers(
+        self, models: Sequence[Loaded], prompts: Sequence[Tokens], *, max_new_tokens: int
+    ) -> list[list[str]]:
+        """Return each model's answers; says after each token which share of them is done."""
+        answers: list[list[str]] = []
+        for model in models:
+            tokens = count(1)
+
+            def tell(number: int = len(answers), tokens: Iterator[int] = tokens) -> None:
+                share = min(1.0, next(tokens) / max_new_tokens)  # beyond one batch it is not known
+                self._say({"share": (number + share) / len(models)})
+
+            answers.append(generate(model, prompts, max_new_tokens=max_new_tokens, on_token=tell))
+        return answers
 
     def _stream(self, model: Loaded, prompt: Tokens, *, max_new_tokens: int) -> str:
         """Say an answer as it grows, and return all of it, or what there is when it is stopped."""

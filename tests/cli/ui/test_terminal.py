@@ -149,3 +149,41 @@ def test_nobody_makes_a_console_of_their_own() -> None:
         if made.search(path.read_text(encoding="utf-8"))
     ]
     assert places == []
+
+
+def test_bars_draw_in_a_terminal_whose_texts_are_guarded() -> None:
+    """They once wrote each return of the carriage as an escape, one state of the bar after another."""
+    pty = pytest.importorskip("pty", reason="needs a pseudo-terminal")
+    termios = pytest.importorskip("termios", reason="needs a pseudo-terminal")
+    program = (
+        "from autosft.profiles.progress_bar import progress_bar\n"
+        "from autosft.ui.terminal import guarded_output, share_bar\n"
+        "with guarded_output():\n"
+        "    with share_bar('answers \\x1b[31m', is_quiet=False) as tell: tell(0.5)\n"
+        "    with progress_bar(total=2, unit=' batches', mininterval=0) as bar: bar.update()\n"
+        "    with progress_bar(is_quiet=True, total=7) as bar: bar.update()\n"
+    )
+    leader, follower = pty.openpty()
+    termios.tcsetwinsize(follower, (24, 80))
+    subprocess.run([sys.executable, "-c", program], stderr=follower, check=True, cwd=ROOT.parent)
+    drawn = os.read(leader, 1 << 16).decode()
+    os.close(follower)
+    os.close(leader)
+
+    assert r"answers \x1b[31m" in drawn
+    assert "0 % |" in drawn
+    assert "1/2" in drawn
+    assert "/7" not in drawn
+    assert r"\x0d" not in drawn
+
+
+def test_nobody_makes_a_bar_of_their_own() -> None:
+    """Every bar comes from `progress_bar`, for the same reason."""
+    made = re.compile(r"(?<![\w.])tqdm\(")
+    places = {
+        str(path.relative_to(ROOT))
+        for folder in ("autosft", "profiles", "scheduler", "service", "studies", "workers")
+        for path in (ROOT / folder).rglob("*.py")
+        if made.search(path.read_text(encoding="utf-8"))
+    }
+    assert places == {"profiles/progress_bar.py"}

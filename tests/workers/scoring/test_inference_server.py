@@ -119,7 +119,11 @@ def test_a_process_serves_requests_line_by_line(model: str, tmp_path: Path) -> N
         text=True,
         check=True,
     )
-    first, second, third = (json.loads(line) for line in done.stdout.splitlines())
+    said = [json.loads(line) for line in done.stdout.splitlines()]
+    shares = [each["share"] for each in said if "share" in each]
+    assert shares == sorted(shares)
+    assert 0.0 < shares[0] < 0.5 < shares[-1] <= 1.0
+    first, second, third = (each for each in said if "share" not in each)
     assert [len(texts) for texts in first["answers"]] == [1]
     assert "nowhere" in second["error"]
     assert [len(texts) for texts in third["answers"]] == [2, 2]
