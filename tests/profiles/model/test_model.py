@@ -348,6 +348,24 @@ def test_shapes_of_the_table_have_the_published_parameters(name: str) -> None:
     assert profile.note is None or "experts share one weight" in profile.note
 
 
+@pytest.mark.parametrize(
+    ("name", "published", "encoders"),
+    [
+        ("Gemma-4-E2B-text", 5.1, 0.45),
+        ("Gemma-4-E4B-text", 8.0, 0.45),
+        ("Gemma-4-26B-A4B-text", 25.2, 0.0),
+        ("Gemma-4-31B-text", 30.7, 0.0),
+        ("Llama-4-Scout-text", 108.6, 0.9),
+    ],
+)
+def test_text_towers_have_what_their_cards_state_less_the_encoders(
+    name: str, published: float, encoders: float
+) -> None:
+    """In billions, as model cards round them; encoders of images and sound are no part of the table."""
+    profile = load_model_profile(name, need_tokenizer=False)
+    assert profile.num_parameters / 1e9 + encoders == pytest.approx(published, abs=0.1)
+
+
 @pytest.mark.usefixtures("offline")
 @pytest.mark.parametrize(
     ("source", "shape"),
