@@ -24,7 +24,7 @@ class Policy:
     max_wait_s: float = 24 * HOUR_S  # after which an item goes before all that were submitted later
     preempt_after_s: float = 300.0  # a reservation that is nearer is waited for: stopping others takes time
     stop_s: float = 120.0  # that a driver takes to save its checkpoints and end
-    max_starts: int = 16  # in one decision; the next one follows at once
+    max_starts: int = 8  # in one decision; the next one follows at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
