@@ -50,6 +50,11 @@ DEFAULT_LINK_BYTES_PER_S = 8e9  # PCIe of unknown generation
 UPPER_COLD = 1.4
 UPPER_MEASURED_RATES = 1.25
 UPPER_CALIBRATED = 1.1
+#: Share of the roofline's speed that a CPU reaches in bf16: autocast casts, and its head is not in one pass
+#: (`memory.trace.one_pass_head`).  Measured with SmolLM2-135M, LoRA, 1 x 128 and 4 x 128 tokens on an AMD
+#: EPYC: 1.11 and 1.10 times as fast as fp32 (`benchmarks/step_speed.py --precision bf16-autocast`), where
+#: the roofline says 1.4 and 1.5.
+CPU_BF16_SHARE = 0.75
 #: Optimizer steps drawn to estimate the padded length of sorted ones, to about 1 %.
 NUM_DRAWN_STEPS = 512
 
@@ -97,6 +102,8 @@ def predict_step_s(
         num_calls=micro_batch if is_row and not has_row_kernel(recipe, device) else 1,
     )
     parts = _parts(model, recipe, step, device, rates)
+    if device.traits.is_split_by_cores and recipe.precision is not Precision.FP32:
+        parts = {name: seconds / CPU_BF16_SHARE for name, seconds in parts.items()}
     step_s = sum(parts.values())
     num_tokens = micro_batch * recipe.gradient_accumulation * recipe.data_parallel * mean_tokens
     basis, upper = _basis(device, rates)

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ class Postgres:
     def leave(self, how: str) -> None:
         if how == "suspended":
             for process in self._processes():
-                process.send_signal(signal.SIGSTOP)
+                with suppress(psutil.NoSuchProcess):  # one that served a connection
+                    process.send_signal(signal.SIGSTOP)
         else:
             self._pgserver.pg_ctl(
                 ["-m", "immediate", "stop"], pgdata=self._server.pgdata, user=self._server.system_user
@@ -53,7 +54,8 @@ class Postgres:
     def come_back(self, how: str) -> None:
         if how == "suspended":
             for process in self._processes():
-                process.send_signal(signal.SIGCONT)
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(signal.SIGCONT)
         else:
             start_again(self._server)
 
