@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,7 +80,9 @@ class FakeAnswering:
     def stop(self) -> None:
         self.is_stopped = True
 
-    def samples(self, data_dir: Path, num: int, *, max_new_tokens: int) -> tuple[Answer, ...]:
+    def samples(
+        self, data_dir: Path, num: int, *, max_new_tokens: int, on_share: Callable[[float], object]
+    ) -> tuple[Answer, ...]:
         answers = tuple((model.name, f"by {model.source}") for model in self.models)
         return tuple(Answer(prompt=f"prompt {i}", expected="this", answers=answers) for i in range(num))
 
