@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
-from autosft.profiles.recipe import Checkpointing, LengthProfile, Precision
+from autosft.profiles.model.profile import load_model_profile
+from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision
 from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.planner import recipe_for
 from autosft.scheduler.plan import method_plan
@@ -51,6 +52,23 @@ def test_a_cpu_that_is_faster_in_bf16_is_planned_so(
     assert plan.precision is expect
     shown = " ".join(bf16_lines(plan))
     assert ("times as fast as --precision fp32" in shown) is (expect is Precision.BF16_AUTOCAST)
+
+
+@pytest.mark.parametrize(("micro_batch", "measured"), [(1, 1.11), (4, 1.10)])
+def test_the_gain_in_bf16_is_predicted_as_it_is_measured(micro_batch: int, measured: float) -> None:
+    """SmolLM2-135M with LoRA, 128 tokens a row, half of them scored (`benchmarks/step_speed.py`)."""
+    model = load_model_profile("SmolLM2-135M", need_tokenizer=False)
+    lengths = LengthProfile(lengths=(128,) * 64, scored=(64,) * 64, max_length=128)
+    known = Forecast(Models(model, lambda *_: lengths))
+    settings = wanted(known, Method.LORA, seq_len=128, batch=micro_batch)
+    # The rates that are assumed of a core.
+    device = host(matmul_flops_per_s=None, memory_bytes_per_s=None, reused_bytes_per_s=None)
+    steps = []
+    for precision in (Precision.FP32, Precision.BF16_AUTOCAST):
+        pinned = known.in_precision(precision).pinned(settings, device)
+        recipe = recipe_for(settings, pinned, Checkpointing.OFF, 1)
+        steps.append(known.models.uncorrected_step(recipe, micro_batch, 128, device, num_threads=1).step_s)
+    assert steps[0] / steps[1] == pytest.approx(measured, rel=0.1)
 
 
 def test_padded_rows_train_no_more_tokens(forecast: Forecast) -> None:
