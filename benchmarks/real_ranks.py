@@ -32,7 +32,8 @@ class LiveShards(LiveBytes):
         key = storage._cdata
         if key not in self._seen:
             self._seen[key] = weakref.ref(storage, lambda _: self._seen.pop(key, None))
-        held = (found.nbytes() for seen in self._seen.values() if (found := seen()) is not None)
+        known = list(self._seen.values())  # other threads let storages go, and so does `found` below
+        held = (found.nbytes() for seen in known if (found := seen()) is not None)
         self.live = sum(-(-size // self.block_bytes) * self.block_bytes for size in held)
         self.peak = max(self.peak, self.live)
 
